@@ -1,0 +1,1 @@
+"""Figures and pictures that compare results. Torch only; Pillow is imported where text is drawn."""
