@@ -31,7 +31,7 @@ class EPS:
     def calculate_denoised(self, sigma: torch.Tensor, model_output: torch.Tensor, model_input: torch.Tensor) -> torch.Tensor:
         return model_input - model_output * reshape_sigma(sigma, model_output.ndim)
 
-    def noise_scaling(self, sigma: torch.Tensor, noise: torch.Tensor, latent_image: torch.Tensor, max_denoise: bool = False) -> torch.Tensor:
+    def noise_scaling(self, sigma: torch.Tensor, noise: torch.Tensor, latent_image: torch.Tensor, max_denoise=False) -> torch.Tensor:
         sigma = reshape_sigma(sigma, noise.ndim)
         scale = torch.sqrt(1.0 + sigma**2.0) if max_denoise else sigma  # x at the schedule's start has variance 1 + sigma²
         return noise * scale + latent_image
@@ -66,7 +66,7 @@ class CONST:
     def calculate_denoised(self, sigma: torch.Tensor, model_output: torch.Tensor, model_input: torch.Tensor) -> torch.Tensor:
         return model_input - model_output * reshape_sigma(sigma, model_output.ndim)
 
-    def noise_scaling(self, sigma: torch.Tensor, noise: torch.Tensor, latent_image: torch.Tensor, max_denoise: bool = False) -> torch.Tensor:
+    def noise_scaling(self, sigma: torch.Tensor, noise: torch.Tensor, latent_image: torch.Tensor, max_denoise=False) -> torch.Tensor:
         sigma = reshape_sigma(sigma, noise.ndim)
         return sigma * noise + (1.0 - sigma) * latent_image
 
