@@ -7,10 +7,20 @@ from itertools import permutations
 
 import pytest
 import torch
-
 from rectiflow.errors import NodeInputError
 from rectiflow.samplers.conversions import (
-    PREDICTIONS, convert, flow_to_ve, flow_to_vp, log_snr, sigma_from_log_snr, to_noise, to_score, to_velocity, to_x0, ve_to_flow, vp_to_flow,
+    PREDICTIONS,
+    convert,
+    flow_to_ve,
+    flow_to_vp,
+    log_snr,
+    sigma_from_log_snr,
+    to_noise,
+    to_score,
+    to_velocity,
+    to_x0,
+    ve_to_flow,
+    vp_to_flow,
 )
 
 SIGMAS = torch.tensor([1e-3, 0.01, 0.3, 0.5, 0.9, 1 - 1e-3])

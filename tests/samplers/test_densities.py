@@ -6,7 +6,6 @@ import math
 
 import pytest
 import torch
-
 from rectiflow.errors import NodeInputError
 from rectiflow.samplers.densities import MODE_SCALE_MAX, TimestepDensity, beta_quantile
 

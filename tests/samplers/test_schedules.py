@@ -6,7 +6,6 @@ import math
 
 import pytest
 import torch
-
 from rectiflow.errors import NodeInputError
 from rectiflow.samplers import schedules as S
 from rectiflow.samplers.conversions import log_snr

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import pytest
 import torch
-
 from rectiflow.errors import NodeInputError
 from rectiflow.samplers.registry import SOLVERS
 from rectiflow.samplers.solvers import sample_euler, sample_heun, sample_midpoint, sample_rf_solver
