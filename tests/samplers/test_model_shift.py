@@ -146,7 +146,8 @@ def test_a_new_shift_keeps_everything_else(sampling, alpha, new):
 
 
 _IN_COMFYUI = """
-import json, sys, torch
+import comfy.options, json, torch
+comfy.options.enable_args_parsing()
 import comfy.samplers, comfy.model_sampling as m
 def make(base, **options):
     sampling = type("Sampling", (base, m.CONST), {})()
