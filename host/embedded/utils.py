@@ -12,6 +12,7 @@ import torch.nn.functional as F
 from PIL import Image
 
 from .context import current_host
+from .safetensors_file import load_torch_file
 
 __all__ = [
     "ProgressBar", "common_upscale", "lanczos", "bislerp", "repeat_to_batch_size", "resize_to_batch_size", "reshape_mask",
@@ -239,14 +240,6 @@ def state_dict_prefix_replace(state_dict: dict, replace_prefix: dict[str, str], 
         for key in [key for key in state_dict if key.startswith(prefix)]:
             out[replacement + key[len(prefix) :]] = state_dict.pop(key)
     return out
-
-
-def load_torch_file(ckpt: str, safe_load: bool = False, device: torch.device | None = None, return_metadata: bool = False):
-    """Read a checkpoint through the checked safetensors reader; other formats are refused there, since they run code on load."""
-    from .safetensors_file import load_safetensors
-
-    tensors, metadata = load_safetensors(ckpt, device=device)
-    return (tensors, metadata) if return_metadata else tensors
 
 
 # Tiles --------------------------------------------------------------------------------------------------------------------

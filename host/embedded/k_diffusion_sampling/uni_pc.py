@@ -86,7 +86,10 @@ def _sample(model: Any, x: torch.Tensor, sigmas: torch.Tensor, extra_args: dict 
     max_order = min(3, max(1, steps - 1))
 
     def evaluate(y: torch.Tensor, sigma: torch.Tensor) -> torch.Tensor:
-        return denoise(y * (sigma**2 + 1) ** 0.5, sigma)
+        # denoised itself would do on paper; through eps it carries the same rounding of 1 − alpha² as the steps that use it.
+        scaled = y * (sigma**2 + 1) ** 0.5
+        eps = (scaled - denoise(scaled, sigma)) / sigma
+        return (y - _std(sigma) * eps) / torch.exp(_log_alpha(sigma))
 
     y = x / torch.sqrt(1.0 + levels[0] ** 2)
     history = _History(levels[0], evaluate(y, levels[0]))

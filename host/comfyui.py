@@ -1,0 +1,90 @@
+"""The port's names inside ComfyUI (0.3.64 or newer). Its twin on the embedded host is embedded/port.py; both export the same names."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import comfy.model_management
+import comfy.supported_models
+import comfy.utils
+import torch
+from comfy.cli_args import args
+from comfy.latent_formats import LatentFormat
+from comfy.model_management import (
+    InterruptProcessingException,
+    get_torch_device,
+    intermediate_device,
+    load_models_gpu,
+)
+from comfy.model_management import throw_exception_if_processing_interrupted as throw_if_interrupted
+from comfy.model_patcher import ModelPatcher
+from comfy.model_sampling import CONST, EPS, ModelSamplingDiscreteFlow, ModelSamplingFlux
+from comfy.patcher_extension import CallbacksMP, WrappersMP
+from comfy.sample import fix_empty_latent_channels, prepare_noise, sample_custom
+from comfy.samplers import (
+    KSAMPLER,
+    SAMPLER_NAMES,
+    SCHEDULER_NAMES,
+    CFGGuider,
+    Sampler,
+    calc_cond_batch,
+    calculate_sigmas,
+    cfg_function,
+    sampler_object,
+)
+from comfy.utils import ProgressBar, common_upscale
+from comfyui_version import __version__ as HOST_VERSION
+from folder_paths import get_input_directory, get_output_directory, get_save_image_path, get_temp_directory
+from latent_preview import prepare_callback
+from node_helpers import conditioning_set_values
+
+__all__ = [
+    "HOST", "HOST_VERSION", "ModelPatcher", "WrappersMP", "CallbacksMP", "Sampler", "KSAMPLER", "CFGGuider", "calc_cond_batch",
+    "cfg_function", "sampler_object", "calculate_sigmas", "prepare_noise", "fix_empty_latent_channels", "sample_custom", "ProgressBar",
+    "throw_if_interrupted", "InterruptProcessingException", "common_upscale", "conditioning_set_values", "prepare_callback",
+    "get_torch_device", "intermediate_device", "load_models_gpu", "get_save_image_path", "get_output_directory", "get_input_directory",
+    "get_temp_directory", "metadata_enabled", "LatentFormat", "ModelSamplingDiscreteFlow", "ModelSamplingFlux", "CONST", "EPS",
+    "SAMPLER_NAMES", "SCHEDULER_NAMES", "build_flux_model",
+]  # fmt: skip
+
+HOST = "comfyui"
+
+
+def metadata_enabled() -> bool:
+    """Whether pictures carry their prompt and workflow."""
+    return not args.disable_metadata
+
+
+def build_flux_model(
+    state_dict: dict[str, torch.Tensor], sizes: dict[str, Any], latent_format: LatentFormat, dtype: torch.dtype | None = None
+) -> ModelPatcher:
+    """A Flux transformer of any size as a MODEL; the stock loader knows hidden width 3072 only.
+
+    Args:
+        state_dict: Flux checkpoint keys without a prefix; left as it is.
+        sizes: the constructor arguments of Flux (in_channels, hidden_size, num_heads, depth, axes_dim, …). With guidance_embed False the
+            flow's shift is 1 and the model is given sigma, as for Flux Schnell.
+        latent_format: how the codec's latents are scaled.
+        dtype: of the weights; None lets the host choose.
+
+    Raises: ValueError naming the keys that are missing or unknown.
+    """
+    kind = comfy.supported_models.Flux if sizes["guidance_embed"] else comfy.supported_models.FluxSchnell
+    config = kind({"image_model": "flux", **sizes})
+    config.latent_format = latent_format
+    load_device = get_torch_device()
+    if dtype is None:
+        dtype = comfy.model_management.unet_dtype(
+            model_params=comfy.utils.calculate_parameters(state_dict),
+            supported_dtypes=list(config.supported_inference_dtypes),
+            weight_dtype=comfy.utils.weight_dtype(state_dict),
+        )
+    config.set_inference_dtype(dtype, comfy.model_management.unet_manual_cast(dtype, load_device, config.supported_inference_dtypes))
+    offload_device = comfy.model_management.unet_offload_device()
+    model = config.get_model(state_dict, "", device=offload_device)
+    expected = model.diffusion_model.state_dict().keys()
+    if expected != state_dict.keys():
+        missing, unknown = sorted(expected - state_dict.keys()), sorted(state_dict.keys() - expected)
+        raise ValueError(f"these weights are not a Flux model of the given sizes: missing {missing[:5]}, unknown {unknown[:5]}")
+    model.load_model_weights(dict(state_dict), "")
+    return ModelPatcher(model, load_device=load_device, offload_device=offload_device)
