@@ -1,0 +1,63 @@
+"""How a command says no: one message for a person, an exit status for a script."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+__all__ = ["BAD_INPUT", "FAILED", "INTERRUPTED", "CommandError", "node_name", "rejection", "shortened"]
+
+FAILED = 1  # a fault that the user's input does not explain
+BAD_INPUT = 2  # what the user gave cannot be used; as argparse
+INTERRUPTED = 130  # Ctrl-C, as a shell reports it
+
+LONGEST_MESSAGE = 2000
+
+
+@dataclass
+class CommandError(Exception):
+    """Ends a command. `details` goes into the JSON form of the message (`--json`)."""
+
+    message: str
+    status: int = BAD_INPUT
+    details: dict[str, Any] = field(default_factory=dict)
+
+    def __str__(self) -> str:
+        return self.message
+
+
+def rejection(error: Mapping[str, Any] | None, node_errors: Mapping[str, Mapping], prompt: Mapping[str, Any]) -> CommandError:
+    """The answer of a graph's validation, ours or a server's, as lines that name node and input.
+
+    Args:
+        error: ComfyUI's error object. node_errors: node id → {"errors", "class_type", …}. prompt: the graph, for node titles.
+    """
+    lines = list(_node_lines(node_errors, prompt))
+    if not lines:
+        error = error or {}
+        lines = [": ".join(part for part in (str(error.get("message", "")), str(error.get("details", ""))) if part)]
+    message = shortened("The graph cannot run:\n" + "\n".join(f"  {line}" for line in lines))
+    return CommandError(message, BAD_INPUT, {"error": error, "node_errors": node_errors})
+
+
+def _node_lines(node_errors: Mapping[str, Mapping], prompt: Mapping[str, Any]) -> Iterable[str]:
+    for node_id, found in node_errors.items():
+        for problem in found.get("errors", ()):
+            name = (problem.get("extra_info") or {}).get("input_name")
+            where = f"{node_name(node_id, prompt)}, input '{name}'" if name else node_name(node_id, prompt)
+            yield f"{where}: {problem.get('message', '')} ({problem.get('details', '')})"
+
+
+def node_name(node_id: str, prompt: Mapping[str, Any]) -> str:
+    """`node 3 (KSampler)`, with the title where the graph gives one of its own."""
+    node = prompt.get(str(node_id))
+    if not isinstance(node, dict):
+        return f"node {node_id}"
+    class_type = node.get("class_type", "?")
+    title = (node.get("_meta") or {}).get("title")
+    return f"node {node_id} ({class_type})" if not title or title == class_type else f"node {node_id} ({class_type} '{title}')"
+
+
+def shortened(text: str, longest: int = LONGEST_MESSAGE) -> str:
+    return text if len(text) <= longest else text[: longest - 1] + "…"
