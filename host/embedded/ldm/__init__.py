@@ -1,0 +1,1 @@
+"""Transformers and codecs of the embedded host, written against the published checkpoint layouts."""
