@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from .declare import Node, Output, choice, number
+from .declare import Node, Output, boolean, choice, integer, number
 
 GROUP = "samplers"
+_SAMPLER = Output("SAMPLER", "sampler", "For SamplerCustom or SamplerCustomAdvanced.")
 _START_FROM = choice(
     "start_from", ("noise", "latent"),
     "noise: mix noise into the latent at the first sigma, as usual. latent: the latent already is the state at the first sigma, "
@@ -35,7 +36,7 @@ class RectiflowRFSolverSampler(Node):
         ),
         _START_FROM,
     )
-    OUTPUTS = (Output("SAMPLER", "sampler", "For SamplerCustom or SamplerCustomAdvanced."),)
+    OUTPUTS = (_SAMPLER,)
 
     def run(self, derivative: str, probe: float, start_from: str):
         from ..samplers.solvers import sample_rf_solver
@@ -50,8 +51,9 @@ class RectiflowFlowODESampler(Node):
     GROUP = GROUP
     SEARCH_ALIASES = ["euler", "heun", "midpoint", "adams bashforth", "runge kutta", "solver"]
     INPUTS = (
-        choice("solver", ("euler", "midpoint", "heun", "rk4", "ab2"),
-            "Model calls a step: euler 1, midpoint 2, heun 2, rk4 4, ab2 1 (second order from the previous step's velocity).",
+        choice("solver",
+            ("euler", "midpoint", "heun", "rk4", "ab2", "ab3", "fireflow", "dpmpp_2m_tau", "dpmpp_2m_lambda", "unipc"),
+            "Model calls a step: midpoint and heun 2, rk4 4, the others 1. Orders: euler 1, rk4 4, ab3 and unipc 3, the others 2.",
         ),
         _START_FROM,
         choice("last_step", ("euler", "exact"),
@@ -59,10 +61,73 @@ class RectiflowFlowODESampler(Node):
             "call just above 0.", advanced=True,
         ),
     )
-    OUTPUTS = (Output("SAMPLER", "sampler", "For SamplerCustom or SamplerCustomAdvanced."),)
+    OUTPUTS = (_SAMPLER,)
 
     def run(self, solver: str, start_from: str, last_step: str):
         from ..samplers.registry import ode_solver
 
         function, options = ode_solver(solver, last_step=last_step)
         return _sampler(function, options, start_from)
+
+
+class RectiflowAdaptiveFlowSampler(Node):
+    """Chooses its own steps between the first and the last sigma, so that each errs by no more than the tolerance."""
+
+    TITLE = "Adaptive Flow Sampler"
+    GROUP = GROUP
+    SEARCH_ALIASES = ["bogacki shampine", "rk23", "error control", "dopri"]
+    INPUTS = (
+        number("rtol", 0.01, 1e-6, 1.0, "Error allowed in a step, relative to the state.", step=0.001),
+        number("atol", 0.01, 1e-6, 1.0, "Error allowed in a step where the state is near 0.", step=0.001),
+        integer("max_nfe", 100, 4, 10000, "At most this many model calls; then the rest is walked in equal steps and a warning says so."),
+        _START_FROM,
+    )
+    OUTPUTS = (_SAMPLER,)
+
+    def run(self, rtol: float, atol: float, max_nfe: int, start_from: str):
+        from ..samplers.adaptive import sample_adaptive
+
+        return _sampler(sample_adaptive, {"rtol": rtol, "atol": atol, "max_nfe": max_nfe}, start_from)
+
+
+class RectiflowFlowSDESampler(Node):
+    """Samples with fresh noise in every step, in amounts that keep the distribution at every sigma. eta 0 is Euler."""
+
+    TITLE = "Flow SDE Sampler"
+    GROUP = GROUP
+    SEARCH_ALIASES = ["ancestral", "stochastic", "churn", "euler a"]
+    INPUTS = (
+        number("eta", 0.5, 0.0, 1.0, "Amount of noise: 0 is the plain flow, 1 the full reverse diffusion."),
+        choice("form", ("sde", "ancestral"), "sde: keeps mean and spread. ancestral: ComfyUI's rule, smoother with few steps."),
+        number("s_noise", 1.0, 0.0, 1.1, "Multiplies the noise; below 1 smooths, above 1 adds grain.", advanced=True),
+        number("sigma_lo", 0.0, 0.0, 1.0, "No noise below this sigma.", advanced=True),
+        number("sigma_hi", 1.0, 0.0, 1.0, "No noise above this sigma.", advanced=True),
+        integer("seed_offset", 0, 0, 2**31 - 1, "Added to the run's seed for this noise, so that it can vary alone.", advanced=True),
+    )
+    OUTPUTS = (_SAMPLER,)
+
+    def run(self, eta, form, s_noise, sigma_lo, sigma_hi, seed_offset):
+        from ..samplers.stochastic import sample_ancestral, sample_sde
+
+        options = {"eta": eta, "s_noise": s_noise, "sigma_lo": sigma_lo, "sigma_hi": sigma_hi, "seed_offset": seed_offset}
+        return _sampler(sample_sde if form == "sde" else sample_ancestral, options, "noise")
+
+
+class RectiflowCarryNoiseSampler(Node):
+    """rf++'s few-step rule for reflowed weights: the noise of the start is kept and never estimated again."""
+
+    TITLE = "Carry Noise Sampler"
+    GROUP = GROUP
+    SEARCH_ALIASES = ["rf++", "rfpp", "few steps", "reflow"]
+    INPUTS = (
+        choice("solver", ("euler", "heun"), "euler: one model call a step. heun: two, except in the last step."),
+        integer("max_steps", 8, 1, 32, "Longer schedules are refused: with many steps this rule spreads too far."),
+        boolean("force", False, "Take longer schedules all the same.", advanced=True),
+        _START_FROM,
+    )
+    OUTPUTS = (_SAMPLER,)
+
+    def run(self, solver: str, max_steps: int, force: bool, start_from: str):
+        from ..samplers.stochastic import sample_carry_noise
+
+        return _sampler(sample_carry_noise, {"solver": solver, "max_steps": max_steps, "force": force}, start_from)

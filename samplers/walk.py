@@ -83,6 +83,12 @@ class Walk:
             self.index = index
             yield self.sigmas[index], self.sigmas[index + 1]
 
+    def reached(self, sigma: float) -> None:
+        """For solvers that choose their own steps: count as step the interval of the schedule that sigma has entered."""
+        start = float(self.sigmas[0])
+        passed = int(((self.sigmas - start).abs() <= abs(sigma - start)).sum()) - 1
+        self.index, self._reported = min(max(passed, 0), len(self.sigmas) - 2), -1
+
     def denoise(self, x: torch.Tensor, sigma: torch.Tensor) -> torch.Tensor:
         """One model evaluation; the first of a step is what the callback shows."""
         denoised = self.model(x, sigma * self._rows, **self.extra_args)
