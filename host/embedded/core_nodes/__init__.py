@@ -5,12 +5,40 @@ Importing this package imports neither torch nor Pillow.
 
 from __future__ import annotations
 
-from . import conditioning, custom_sampling, image, latent, latent_files, loaders, mask, model_sampling, pictures, sampling, utils
+from . import (
+    conditioning,
+    custom_sampling,
+    image,
+    latent,
+    latent_files,
+    loaders,
+    mask,
+    model_sampling,
+    pictures,
+    sampling,
+    sigmas,
+    utils,
+    vae,
+)
 from .declare import CoreNode
 
 __all__ = ["NODE_CLASS_MAPPINGS", "NODE_DISPLAY_NAME_MAPPINGS"]
 
-_MODULES = (loaders, conditioning, latent, latent_files, sampling, custom_sampling, model_sampling, pictures, image, mask, utils)
+_MODULES = (
+    loaders,
+    conditioning,
+    latent,
+    latent_files,
+    vae,
+    sampling,
+    custom_sampling,
+    sigmas,
+    model_sampling,
+    pictures,
+    image,
+    mask,
+    utils,
+)
 
 NODE_CLASS_MAPPINGS: dict[str, type[CoreNode]] = {
     name: value
