@@ -21,6 +21,8 @@ class RectiflowLoadTiny(Node):
     )
 
     def run(self):
+        import torch
+
         from ..host import LatentFormat, ModelPatcher, build_flux_model, intermediate_device, load_models_gpu
         from ..tiny.clip import TinyCLIP, TinyTextEncoder
         from ..tiny.codec import CELL, LinearCodec
@@ -46,7 +48,8 @@ class RectiflowLoadTiny(Node):
             return Placement(patcher, lambda patcher: load_models_gpu([patcher]), intermediate_device())
 
         encoder = TinyTextEncoder(weights.text_embedding, weights.style_embedding)
-        model = build_flux_model(weights.transformer, FLUX_SIZES, TinyLatent())
+        with torch.inference_mode(False):  # graphs run in inference mode, whose weights no later node could train
+            model = build_flux_model(weights.transformer, FLUX_SIZES, TinyLatent())
         return (model, TinyCLIP(encoder, Vocabulary.load(), placed(encoder)), TinyVAE(codec, placed(codec)))
 
 
