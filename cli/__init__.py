@@ -48,7 +48,9 @@ def main(arguments: list[str] | None = None) -> int:
         print(f"rectiflow: there is no command '{command}'.\n\n{usage()}", end="", file=sys.stderr)
         return BAD_INPUT
     try:
-        return importlib.import_module(f".{command}", __name__).main(arguments[1:])
+        status = importlib.import_module(f".{command}", __name__).main(arguments[1:])
+        sys.stdout.flush()
+        return status
     except CommandError as error:
         print(f"rectiflow: {error.message}", file=sys.stderr)
         return error.status
