@@ -64,9 +64,15 @@ class ComfyUIServer:
     def last_words(self) -> str:
         return self.log.read_text(encoding="utf-8", errors="replace")[-4000:]
 
-    def get(self, path: str) -> Any:
+    def raw(self, path: str) -> bytes:
         with urllib.request.urlopen(f"http://127.0.0.1:{self.port}{path}", timeout=20) as answer:
-            return json.load(answer)
+            return answer.read()
+
+    def text(self, path: str) -> str:
+        return self.raw(path).decode()
+
+    def get(self, path: str) -> Any:
+        return json.loads(self.raw(path))
 
     def run(self, graph: dict[str, dict]) -> dict[str, Any]:
         """Queue a graph in API form and wait; the history entry, or AssertionError with what went wrong."""
