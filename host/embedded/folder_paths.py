@@ -71,7 +71,7 @@ class FolderPaths:
 
     Args:
         base_path: folder that holds models/, custom_nodes/, input/, output/, temp/ and user/; nothing is created.
-        input_directory, output_directory, temp_directory, user_directory: used instead of the ones below `base_path`.
+        input_directory, output_directory, temp_directory, user_directory, models_directory: used instead of the ones below `base_path`.
 
     `folder_names_and_paths` maps a kind to (folders, extensions); an empty extension set takes every file. It may be
     changed in place, as ComfyUI's packs do.
@@ -85,9 +85,10 @@ class FolderPaths:
         output_directory: str | os.PathLike | None = None,
         temp_directory: str | os.PathLike | None = None,
         user_directory: str | os.PathLike | None = None,
+        models_directory: str | os.PathLike | None = None,
     ):
         self.base_path = os.path.abspath(base_path)
-        self.models_dir = os.path.join(self.base_path, "models")
+        self.models_dir = os.path.abspath(models_directory or os.path.join(self.base_path, "models"))
         self.folder_names_and_paths: dict[str, tuple[list[str], Collection[str]]] = {
             kind: ([os.path.join(self.models_dir, name) for name in names], set(_OTHER_EXTENSIONS.get(kind, supported_pt_extensions)))
             for kind, names in _MODEL_FOLDERS.items()
