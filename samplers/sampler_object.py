@@ -8,16 +8,17 @@ inverted latent already is the state at sigmas[0] and must not be mixed again.
 from __future__ import annotations
 
 import logging
+from collections.abc import Callable
 from typing import Any
 
 import torch
 
-__all__ = ["START_FROM", "FlowSampler"]
+__all__ = ["START_FROM", "FlowSampler", "GuiderModel", "report_steps"]
 
 START_FROM = ("noise", "latent")
 
 
-class _Denoiser:
+class GuiderModel:
     """What a solver calls when no KSAMPLER stands between it and the guider; offers the names that sampler functions look up."""
 
     def __init__(self, guider, sigmas: torch.Tensor, noise: torch.Tensor, latent_image: torch.Tensor):
@@ -28,6 +29,13 @@ class _Denoiser:
 
     def __call__(self, x, sigma, denoise_mask=None, model_options=None, seed=None):
         return self.inner_model(x, sigma, model_options=model_options or {}, seed=seed)
+
+
+def report_steps(callback: Callable | None, total: int) -> Callable | None:
+    """A solver's callback that tells the host's: (step, denoised, x, total)."""
+    if callback is None:
+        return None
+    return lambda state: callback(state["i"], state["denoised"], state["x"], total)
 
 
 class FlowSampler:
@@ -69,13 +77,7 @@ class FlowSampler:
             x = latent_image.clone()
         else:
             x = guider.inner_model.model_sampling.noise_scaling(sigmas[0], noise, latent_image)
-        total = len(sigmas) - 1
-
-        def report(state: dict[str, Any]) -> None:
-            callback(state["i"], state["denoised"], state["x"], total)
-
-        model = _Denoiser(guider, sigmas, noise, latent_image)
+        model = GuiderModel(guider, sigmas, noise, latent_image)
         arguments = {key: value for key, value in extra_args.items() if key != "denoise_mask"}
-        return self.sampler_function(
-            model, x, sigmas, extra_args=arguments, callback=report if callback else None, disable=disable_pbar, **self.extra_options,
-        )
+        report = report_steps(callback, len(sigmas) - 1)
+        return self.sampler_function(model, x, sigmas, extra_args=arguments, callback=report, disable=disable_pbar, **self.extra_options)

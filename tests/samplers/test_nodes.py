@@ -1,4 +1,4 @@
-"""The two palettes: the declared tables are whole, every node has a help page that knows its inputs, refusals name the node."""
+"""The three palettes: the declared tables are whole, every node has a help page that knows its inputs, refusals name the node."""
 
 from __future__ import annotations
 
@@ -7,15 +7,16 @@ from pathlib import Path
 import pytest
 import torch
 from rectiflow.errors import NodeInputError
-from rectiflow.nodes import samplers, schedules
+from rectiflow.nodes import inversion, samplers, schedules
 from rectiflow.nodes.declare import Node
+from rectiflow.samplers.inversion import INVERTERS
 from rectiflow.samplers.model_shift import SCHEDULERS
 from rectiflow.samplers.registry import LAST_STEP, SOLVERS
 from rectiflow.samplers.sampler_object import START_FROM
 from rectiflow.samplers.schedules import GRIDS
 
 NODES = [
-    value for module in (samplers, schedules) for value in vars(module).values()
+    value for module in (samplers, schedules, inversion) for value in vars(module).values()
     if isinstance(value, type) and issubclass(value, Node) and value.TITLE and value.__module__ == module.__name__
 ]
 DOCS = Path(samplers.__file__).parent.parent / "web" / "docs"
@@ -47,6 +48,7 @@ def test_drop_downs_offer_what_the_room_has():
     assert set(inputs_of(samplers.RectiflowFlowODESampler)["solver"][0]) | {"rf_solver"} == set(SOLVERS)
     assert tuple(inputs_of(samplers.RectiflowFlowODESampler)["last_step"][0]) == LAST_STEP
     assert tuple(inputs_of(samplers.RectiflowRFSolverSampler)["start_from"][0]) == START_FROM
+    assert tuple(inputs_of(inversion.RectiflowFlowInvertSampler)["solver"][0]) == tuple(INVERTERS)
     assert tuple(inputs_of(schedules.RectiflowFlowShiftSigmas)["scheduler"][0]) == SCHEDULERS
     assert set(inputs_of(schedules.RectiflowFlowSchedule)["kind"][0]) == set(GRIDS)
 

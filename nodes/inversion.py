@@ -1,0 +1,73 @@
+"""Inversion palette: from a picture to the noise it came from, and from there into any sampler."""
+
+from __future__ import annotations
+
+from .declare import Node, Output, boolean, choice, integer, number, socket
+
+GROUP = "inversion"
+
+
+class RectiflowFlowInversionSigmas(Node):
+    """Turns a sampling schedule round for inversion, and gives the same values for the way back."""
+
+    TITLE = "Flow Inversion Sigmas"
+    GROUP = GROUP
+    SEARCH_ALIASES = ["flip sigmas", "unsampler", "reverse"]
+    INPUTS = (
+        socket("sigmas", "SIGMAS", "The schedule you would sample with, falling."),
+        number("sigma_floor", 0.001, 0.0, 0.05, "Replaces the 0: inversion starts just above it.", step=0.0005, advanced=True),
+        number("sigma_end", 1.0, 0.05, 1.0, "Where inversion stops. Below 1 the picture is only partly turned into noise."),
+    )
+    OUTPUTS = (
+        Output("SIGMAS", "inversion_sigmas", "Rising: for the inversion."),
+        Output("SIGMAS", "sampling_sigmas", "The same values falling, with 0 at the end: for sampling back."),
+    )
+
+    def run(self, sigmas, sigma_floor: float, sigma_end: float):
+        from ..samplers.inversion import inversion_sigmas, sampling_sigmas
+
+        rising = inversion_sigmas(sigmas, sigma_floor, sigma_end, self.TITLE)
+        return (rising, sampling_sigmas(rising))
+
+
+class RectiflowFlowInvertSampler(Node):
+    """Inverts a picture along rising sigmas. Needs the source prompt and cfg 1; noise is not used and masks are left out."""
+
+    TITLE = "Flow Invert Sampler"
+    GROUP = GROUP
+    SEARCH_ALIASES = ["unsampler", "inversion", "fireflow", "uni-inv", "rf inversion"]
+    INPUTS = (
+        choice("solver", ("rf_solver", "euler", "fireflow", "uni_inv", "heun", "fixed_point"),
+            "Model calls a step: rf_solver 2, heun 2, fireflow and uni_inv 1 (one more a run), euler 1, fixed_point as many as iterations. "
+            "Sample back with the same solver; uni_inv and fixed_point with euler.",
+        ),
+        integer("iterations", 3, 1, 10, "fixed_point only: substitutions a step.", advanced=True),
+        boolean("average", False, "fixed_point only: mean of the iterates; helps with few steps, hurts with many.", advanced=True),
+        boolean("floor_noise", False, "Start from a little noise at the first sigma instead of none, as rf++ does.", advanced=True),
+    )
+    OUTPUTS = (Output("SAMPLER", "sampler", "For SamplerCustom or SamplerCustomAdvanced with rising sigmas."),)
+
+    def run(self, solver: str, iterations: int, average: bool, floor_noise: bool):
+        from ..samplers.inversion import InvertSampler
+
+        options = {"iterations": iterations, "average": average} if solver == "fixed_point" else {}
+        return (InvertSampler(solver, options, floor_noise),)
+
+
+class RectiflowNoiseFromLatent(Node):
+    """An inverted latent as NOISE, so that stock samplers continue from it over an empty latent of the same size."""
+
+    TITLE = "Noise from Latent"
+    GROUP = GROUP
+    SEARCH_ALIASES = ["inverted noise", "latent to noise"]
+    INPUTS = (
+        socket("model", "MODEL", "The model that inverted; its latent format turns the latent back into model space."),
+        socket("latent", "LATENT", "The inverted latent."),
+        number("sigma_start", 1.0, 0.001, 1.0, "The last sigma of the inversion, which is the first sigma of the sampling."),
+    )
+    OUTPUTS = (Output("NOISE", "noise", "For SamplerCustomAdvanced, over an empty latent."),)
+
+    def run(self, model, latent, sigma_start: float):
+        from ..samplers.inversion import LatentNoise
+
+        return (LatentNoise(model.get_model_object("process_latent_in")(latent["samples"]), sigma_start),)
