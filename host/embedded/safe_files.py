@@ -23,6 +23,8 @@ _CONTROL = re.compile(r"[\x00-\x1f\x7f]")
 _WINDOWS_DEVICE = re.compile(r"(?:con|prn|aux|nul|conin\$|conout\$|com[0-9¹²³]|lpt[0-9¹²³])(?:\.|$)", re.IGNORECASE)
 _WINDOWS_FORBIDDEN = re.compile(r'[<>:"|?*]')
 _MAX_NAME_TRIES = 100_000
+# Every common file system takes 255 bytes a component; what is written gets a counter and an ending as well.
+_MAX_PATH_BYTES, _MAX_PART_BYTES, _MAX_WRITTEN_PART_BYTES = 1000, 255, 200
 
 
 class UnsafePathError(ValueError):
@@ -55,9 +57,11 @@ def checked_path(root: str | os.PathLike, name: str, *, follow_links: bool = Fal
     if _CONTROL.search(name):
         raise UnsafePathError("the name holds a control character")
     try:
-        os.fsencode(name)
+        sizes = [len(os.fsencode(part)) for part in _SEPARATORS.split(name)]
     except UnicodeEncodeError:
         raise UnsafePathError("the name holds text that cannot be a file name") from None
+    if sum(sizes) + len(sizes) > _MAX_PATH_BYTES or max(sizes) > (_MAX_WRITTEN_PART_BYTES if for_writing else _MAX_PART_BYTES):
+        raise UnsafePathError("the name is too long")
     if name[:1] in ("/", "\\") or ntpath.splitdrive(name)[0] or os.path.isabs(name):
         raise UnsafePathError("the name is an absolute path")
     parts = _SEPARATORS.split(name)
