@@ -131,3 +131,36 @@ class RectiflowCarryNoiseSampler(Node):
         from ..samplers.stochastic import sample_carry_noise
 
         return _sampler(sample_carry_noise, {"solver": solver, "max_steps": max_steps, "force": force}, start_from)
+
+
+class RectiflowOneStepSampler(Node):
+    """One model call, one jump to the picture, for distilled one-step weights. Refuses schedules of more than one step."""
+
+    TITLE = "One Step Sampler"
+    GROUP = GROUP
+    SEARCH_ALIASES = ["instaflow", "distilled", "1 step"]
+    INPUTS = (_START_FROM,)
+    OUTPUTS = (_SAMPLER,)
+
+    def run(self, start_from: str):
+        from ..samplers.first_order import sample_one_step
+
+        return _sampler(sample_one_step, {}, start_from)
+
+
+class RectiflowFirstOrderSampler(Node):
+    """The DDIM step in noise-to-signal form, exact where the model's noise estimate is constant. For flow and epsilon models alike."""
+
+    TITLE = "First Order Sampler"
+    GROUP = GROUP
+    SEARCH_ALIASES = ["ddim", "rectified diffusion", "phased"]
+    INPUTS = (
+        number("eta", 0.0, 0.0, 1.0, "Fresh noise in every step: 0 none, 1 as much as DDPM."),
+        choice("final", ("sigma_min", "zero"), "Where the last step ends: at the model's smallest sigma, as DDIM was trained, or at 0."),
+    )
+    OUTPUTS = (_SAMPLER,)
+
+    def run(self, eta: float, final: str):
+        from ..samplers.first_order import sample_first_order
+
+        return _sampler(sample_first_order, {"eta": eta, "final": final}, "noise")

@@ -35,19 +35,19 @@ def sigma_floor(dtype: torch.dtype) -> float:
     return 2.9 * eps**0.5
 
 
-def check_sigmas(sigmas: torch.Tensor, where: str = "Rectiflow sampler") -> torch.Tensor:
+def check_sigmas(sigmas: torch.Tensor, where: str = "Rectiflow sampler", limit: float = 1.0) -> torch.Tensor:
     """The schedule on the CPU, or a ValueError when it is no flow schedule.
 
     Raises:
-        NodeInputError: not one-dimensional, not finite, or outside [0, 1].
+        NodeInputError: not one-dimensional, not finite, or outside [0, limit]; flows end at 1.
     """
     if sigmas.ndim != 1:
         raise input_error(where, "sigmas", tuple(sigmas.shape), "a one-dimensional tensor", "Connect a SIGMAS output.")
     sigmas = sigmas.detach().cpu()
-    if len(sigmas) and not (bool(torch.isfinite(sigmas).all()) and 0 <= sigmas.min() and sigmas.max() <= 1):
+    if len(sigmas) and not (bool(torch.isfinite(sigmas).all()) and 0 <= sigmas.min() and sigmas.max() <= limit):
         got = f"sigmas from {float(sigmas.min()):g} to {float(sigmas.max()):g}"
         remedy = "Make the schedule from the same flow model, for example with Flow Shift Sigmas; schedules of SD 1.5 or SDXL do not fit."
-        raise input_error(where, "sigmas", got, "finite values from 0 to 1", remedy)
+        raise input_error(where, "sigmas", got, f"finite values from 0 to {limit:g}", remedy)
     return sigmas
 
 
@@ -63,11 +63,14 @@ class Walk:
         callback: called once a step with ComfyUI's dictionary x, i, sigma, sigma_hat, denoised; what it raises (an interrupt)
             passes through.
         disable: no progress bar on the terminal.
+        sigma_limit: the largest sigma allowed; above 1 only for models that are no flows.
     """
 
-    def __init__(self, model, x: torch.Tensor, sigmas: torch.Tensor, extra_args: dict[str, Any] | None, callback, disable):
+    def __init__(
+        self, model, x: torch.Tensor, sigmas: torch.Tensor, extra_args: dict[str, Any] | None, callback, disable, sigma_limit: float = 1.0,
+    ):
         self.model = model
-        self.sigmas = check_sigmas(sigmas)
+        self.sigmas = check_sigmas(sigmas, limit=sigma_limit)
         self.extra_args = {} if extra_args is None else extra_args
         self.callback = callback
         self.disable = disable
