@@ -227,6 +227,14 @@ def load_safetensors(path: str | os.PathLike, device: torch.device | str | None 
     Raises: ValueError naming file and tensor; OSError where the file cannot be opened.
     """
     header = read_header(path)
+    with torch.inference_mode(False):  # a graph engine loads inside inference mode; gradients need ordinary tensors
+        tensors = _map(header)
+        if device is not None and torch.device(device).type != "cpu":
+            tensors = {name: tensor.to(device) for name, tensor in tensors.items()}
+    return tensors, dict(header.metadata)
+
+
+def _map(header: SafetensorsHeader) -> dict[str, torch.Tensor]:
     block = None
     if any(entry.end > entry.begin for entry in header.tensors):
         with open(header.path, "rb") as file:
@@ -235,13 +243,12 @@ def load_safetensors(path: str | os.PathLike, device: torch.device | str | None 
         if len(mapped) < needed:
             _refuse(header.path, "the file shrank while it was read", "Wait until the program that writes it has finished.")
         block = torch.frombuffer(mapped, dtype=torch.uint8)[header.data_start :]
-    tensors = {entry.name: _tensor(block, entry) for entry in header.tensors}
-    if device is not None and torch.device(device).type != "cpu":
-        tensors = {name: tensor.to(device) for name, tensor in tensors.items()}
-    return tensors, dict(header.metadata)
+    return {entry.name: _tensor(block, entry) for entry in header.tensors}
 
 
-def load_torch_file(ckpt: str | os.PathLike, safe_load: bool = True, device: torch.device | str | None = None, return_metadata: bool = False):
+def load_torch_file(
+    ckpt: str | os.PathLike, safe_load: bool = True, device: torch.device | str | None = None, return_metadata: bool = False
+):  # fmt: skip
     """ComfyUI's name for reading a checkpoint. Only safetensors files are read, so `safe_load` is always kept."""
     tensors, metadata = load_safetensors(ckpt, device)
     return (tensors, metadata) if return_metadata else tensors
