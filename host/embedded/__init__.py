@@ -163,7 +163,7 @@ def make_host(
     with use_host(host):  # packs may look at the folders while they are imported
         host.registry.add(NODE_CLASS_MAPPINGS, NODE_DISPLAY_NAME_MAPPINGS)
         core = frozenset(host.registry)
-        host.registry.load_pack(root, protected=core)
+        host.registry.load_pack(root, PACKAGE, core)
         for folder in paths.get_folder_paths("custom_nodes"):
             host.registry.load_folder(folder, protected=core)
     return host

@@ -46,7 +46,7 @@ def test_the_interface_form_is_built_from_the_twin(name, info):
 
 @pytest.mark.parametrize("name", graph_names())
 def test_converting_the_interface_form_gives_the_twin(name, embedded):
-    from rectiflow.host.embedded.execution.ui_format import load_graph
+    from rectiflow.host.embedded.execution.graph_files import load_graph
 
     converted = load_graph(FOLDER / f"{name}.json", embedded.registry).prompt
     twin = api_graph(name)

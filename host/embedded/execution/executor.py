@@ -93,7 +93,8 @@ class PromptExecutor:
         self.client_id = extra_data.get("client_id")
         self.status_messages, self.success = [], True
         self.host.interrupt.clear()
-        run = PromptRun(self.host, self._cache, self._objects, prompt, prompt_id, extra_data, self._send_to_client)
+        tell = self._send_to_client if self.send is not None and self.client_id is not None else None
+        run = PromptRun(self.host, self._cache, self._objects, prompt, prompt_id, extra_data, tell)
         self._message("execution_start", {"prompt_id": prompt_id})
         try:
             with self._active(run):
@@ -135,8 +136,7 @@ class PromptExecutor:
         return self.history_result
 
     def _send_to_client(self, event: str, data: dict[str, Any]) -> None:
-        if self.send is not None and self.client_id is not None:
-            self.send(event, data, self.client_id)
+        self.send(event, data, self.client_id)
 
     def _message(self, event: str, data: dict[str, Any], to_everyone: bool = False) -> None:
         """Record a message in the history and send it."""

@@ -57,7 +57,7 @@ class PromptRun:
     """The state of one run.
 
     Args:
-        send: called with (event, data) for the messages of a node; the executor decides who hears them.
+        tell: called with (event, data) for the messages of a node; None where nobody listens.
 
     After the run: `executed` (ids in order), `ui` (id → what the node showed), `seconds` (id → time in its own function).
     """
@@ -70,18 +70,18 @@ class PromptRun:
         prompt: dict[str, dict],
         prompt_id: str,
         extra_data: Mapping[str, Any],
-        send: Callable[[str, dict], None],
+        tell: Callable[[str, dict], None] | None,
     ):
         self.host = host
         self.cache = cache
         self.objects = objects
         self.prompt_id = prompt_id
         self.extra_data = extra_data
-        self.send = send
+        self.tell = tell
         self.dynprompt = DynamicPrompt(prompt)
         self.faces = Faces(host.registry)
         self.todo = ExecutionList(self.dynprompt, self.faces, lambda node_id: cache.get(node_id) is not None)
-        self.progress = ProgressRegistry(prompt_id, self.dynprompt, self._tell_progress)
+        self.progress = ProgressRegistry(prompt_id, self.dynprompt, self._tell_progress if tell is not None else None)
         self.executed: dict[str, None] = {}
         self.ui: dict[str, dict] = {}
         self.seconds: dict[str, float] = {}
@@ -296,6 +296,10 @@ class PromptRun:
 
     # --- messages
 
+    def _send(self, event: str, data: dict[str, Any]) -> None:
+        if self.tell is not None:
+            self.tell(event, data)
+
     def on_progress(self, value: float, total: float, preview: Any = None, prompt_id: str | None = None, node_id: str | None = None):
         """The hook behind ProgressBar: `preview` is ("JPEG" | "PNG", PIL image, largest side) or None."""
         context = get_executing_context()
@@ -304,25 +308,25 @@ class PromptRun:
         if node_id is None or not self.dynprompt.has_node(node_id):
             return
         self.progress.update_progress(node_id, value, total, preview)
-        self.send("progress", {"value": value, "max": total, "prompt_id": self.prompt_id, "node": node_id})
+        self._send("progress", {"value": value, "max": total, "prompt_id": self.prompt_id, "node": node_id})
 
     def _tell_progress(self, node_id: str, preview: Any) -> None:
-        self.send("progress_state", {"prompt_id": self.prompt_id, "nodes": dict(self.progress.nodes)})
+        self.tell("progress_state", {"prompt_id": self.prompt_id, "nodes": dict(self.progress.nodes)})
         if preview is not None:
-            self.send("preview_image", {"image": preview, "metadata": {**self.progress.where(node_id), "prompt_id": self.prompt_id}})
+            self.tell("preview_image", {"image": preview, "metadata": {**self.progress.where(node_id), "prompt_id": self.prompt_id}})
 
     def _tell_executing(self, node_id: str) -> None:
         self.last_node_id = self.dynprompt.get_display_node_id(node_id)
-        self.send("executing", {"node": node_id, "display_node": self.last_node_id, "prompt_id": self.prompt_id})
+        self._send("executing", {"node": node_id, "display_node": self.last_node_id, "prompt_id": self.prompt_id})
 
     def _tell_executed(self, node_id: str, ui: dict | None) -> None:
         shown_on = self.dynprompt.get_display_node_id(node_id)
-        self.send("executed", {"node": node_id, "display_node": shown_on, "output": ui, "prompt_id": self.prompt_id})
+        self._send("executed", {"node": node_id, "display_node": shown_on, "output": ui, "prompt_id": self.prompt_id})
 
     def _tell_blocked(self, node_id: str, face: NodeFace, blocker: ExecutionBlocker) -> ExecutionBlocker:
         if blocker.message is None:
             return blocker
-        self.send(
+        self._send(
             "execution_error",
             {
                 "prompt_id": self.prompt_id,

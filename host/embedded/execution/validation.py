@@ -8,6 +8,7 @@ any length is checked, and cycles are found as such (`dependency_cycle`).
 from __future__ import annotations
 
 import inspect
+import math
 import traceback
 from collections.abc import Collection, Iterator
 from dataclasses import dataclass, field
@@ -374,6 +375,9 @@ def _check_constant(name: str, declared: InputFace, inputs: dict[str, Any], chec
         details = f"{name}, {_shown(value)}, {_shown(error)}"
         about |= {"received_value": value, "exception_message": _shown(error)}
         return [_error("invalid_input_type", message, details, **about)]
+    if isinstance(value, float) and math.isnan(value):  # passes every range check, since it compares false with everything
+        details = f"{name}: NaN; enter a number"
+        return [_error("invalid_input_type", "Value is not a number", details, **about, received_value="NaN")]
     if checked_by_class:
         return []
     options = declared.options
