@@ -89,6 +89,10 @@ def test_any_type_fits_every_type():
 
 
 def test_listing_the_nodes_imports_neither_torch_nor_pillow():
-    code = "import sys, rectiflow.host.embedded.core_nodes as c; c.NODE_CLASS_MAPPINGS['KSampler'].INPUT_TYPES(); print({'torch', 'PIL', 'numpy'} & set(sys.modules))"
+    code = (
+        "import sys, rectiflow.host.embedded.core_nodes as core\n"
+        "core.NODE_CLASS_MAPPINGS['KSampler'].INPUT_TYPES()\n"
+        "print({'torch', 'PIL', 'numpy'} & set(sys.modules))"
+    )
     ran = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60)
     assert ran.stdout.strip() == "set()", ran.stdout + ran.stderr
