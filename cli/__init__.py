@@ -52,7 +52,8 @@ def main(arguments: list[str] | None = None) -> int:
         sys.stdout.flush()
         return status
     except CommandError as error:
-        print(f"rectiflow: {error.message}", file=sys.stderr)
+        if error.message:
+            print(f"rectiflow: {error.message}", file=sys.stderr)
         return error.status
     except KeyboardInterrupt:
         print("rectiflow: interrupted", file=sys.stderr)

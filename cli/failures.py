@@ -2,17 +2,21 @@
 
 from __future__ import annotations
 
+import re
+import sys
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-__all__ = ["BAD_INPUT", "FAILED", "INTERRUPTED", "CommandError", "node_name", "rejection", "shortened"]
+__all__ = ["BAD_INPUT", "FAILED", "INTERRUPTED", "CommandError", "node_failure", "node_name", "rejection", "shortened"]
 
 FAILED = 1  # a fault that the user's input does not explain
 BAD_INPUT = 2  # what the user gave cannot be used; as argparse
 INTERRUPTED = 130  # Ctrl-C, as a shell reports it
 
 LONGEST_MESSAGE = 2000
+ALLOCATION = re.compile(r"tr(?:y|ied|ying) to allocate ([\d.]+) ?(bytes|[KMGT]iB)")
+BYTES = {"bytes": 1, "KiB": 1024, "MiB": 1024**2, "GiB": 1024**3, "TiB": 1024**4}
 
 
 @dataclass
@@ -47,6 +51,32 @@ def _node_lines(node_errors: Mapping[str, Mapping], prompt: Mapping[str, Any]) -
             name = (problem.get("extra_info") or {}).get("input_name")
             where = f"{node_name(node_id, prompt)}, input '{name}'" if name else node_name(node_id, prompt)
             yield f"{where}: {problem.get('message', '')} ({problem.get('details', '')})"
+
+
+def node_failure(node_id: str, exception_type: str, message: str, prompt: Mapping[str, Any], traceback: Iterable[str] = ()) -> CommandError:
+    """A node raised: a value it refused is the user's to mend (status 2), anything else is a fault (status 1).
+
+    Args:
+        exception_type: `module.Class`, builtins bare, as the messages of a run name it.
+    """
+    where, kind = node_name(node_id, prompt), exception_type.rpartition(".")[2]
+    details = {"node_id": node_id, "exception_type": exception_type, "traceback": list(traceback)}
+    allocation = ALLOCATION.search(message)
+    if allocation or kind in ("MemoryError", "OutOfMemoryError"):
+        asked = f" It asked for {float(allocation[1]) * BYTES[allocation[2]] / BYTES['GiB']:,.1f} GB." if allocation else ""
+        return CommandError(f"{where} needs more memory than there is.{asked} Lower width, height or batch size.", BAD_INPUT, details)
+    if _refuses_a_value(exception_type):
+        return CommandError(shortened(f"{where}: {message}"), BAD_INPUT, details)
+    return CommandError(shortened(f"{where} failed: {kind}: {message}"), FAILED, details)
+
+
+def _refuses_a_value(exception_type: str) -> bool:
+    """Whether the class, looked up among the loaded modules, is a ValueError or a file that cannot be used."""
+    module, _, name = exception_type.rpartition(".")
+    cls = getattr(sys.modules.get(module or "builtins"), name, None)
+    if isinstance(cls, type):
+        return issubclass(cls, (ValueError, OSError))
+    return name.endswith(("ValueError", "InputError", "PathError"))  # a class that only the server has
 
 
 def node_name(node_id: str, prompt: Mapping[str, Any]) -> str:

@@ -31,6 +31,7 @@ def pytest_addoption(parser):
         "--host", choices=("embedded", "comfyui"), default="embedded",
         help="comfyui: run only the tests that need a real ComfyUI, and fail where COMFYUI_PATH names none",
     )
+    parser.addoption("--update-snapshot", action="store_true", help="see tests/test_snapshot.py")
 
 
 def comfyui_path() -> Path | None:

@@ -40,7 +40,10 @@ OPEN_TO_ALL = {"errors.py", "__init__.py"}
 
 # The algorithms know torch and nothing else that has to be installed; the host's names are ComfyUI's modules.
 ALGORITHMS = {"kernels", "families", "samplers", "accel", "train"}
-HOST_MODULES = {"comfy", "comfy_api", "comfy_execution", "comfyui_version", "folder_paths", "latent_preview", "node_helpers", "nodes", "execution", "server"}
+HOST_MODULES = {
+    "comfy", "comfy_api", "comfy_execution", "comfyui_version", "folder_paths", "latent_preview", "node_helpers", "nodes",
+    "execution", "server",
+}  # fmt: skip
 HARD_IMPORTS_OF_ALGORITHMS = {"torch"}
 NEVER_IMPORTED = {"pickle", "cPickle", "dill", "marshal", "shelve", "cloudpickle", "pip", "ensurepip", "requests"}
 NEVER_CALLED = {"eval", "exec", "compile", "__import__"}
