@@ -13,7 +13,7 @@ SIZES = {
     "text_to_image": (384, 384),
     "image_to_image": (664, 356),
     "inpainting": (992, 356),
-    "samplers_side_by_side": (1328, 312),
+    "samplers_side_by_side": (1328, 292),
 }
 
 
