@@ -38,9 +38,7 @@ def test_tables():
     assert torch.all(flux.sigmas.diff() > 0) and torch.all(sd3.sigmas.diff() > 0)
 
 
-@pytest.mark.parametrize(
-    ("sampling", "expected"), [(Flux(), [1, 0.90453, 0.75951, 0.51284, 0]), (SD3(), [1, 0.9, 0.75, 0.5, 0])]
-)
+@pytest.mark.parametrize(("sampling", "expected"), [(Flux(), [1, 0.90453, 0.75951, 0.51284, 0]), (SD3(), [1, 0.9, 0.75, 0.5, 0])])
 def test_simple_schedule_of_four_steps(sampling, expected):
     assert calculate_sigmas(sampling, "simple", 4).tolist() == pytest.approx(expected, abs=5e-6)
 
