@@ -186,16 +186,24 @@ def test_two_scales_reduce_to_one(run, parts, style, cfg_conds, cfg_cond2_negati
 # Schedules of a model
 
 
+def flux_shift(mu):
+    return lambda u: math.exp(mu) / (math.exp(mu) + 1 / u - 1)
+
+
+def size(pixels):
+    return {"max_shift": 1.15, "base_shift": 0.5, "width": pixels, "height": pixels}
+
+
 @pytest.mark.parametrize(
     "node, inputs, expected",
     [
-        # u = 1, 3/4, 1/2, 1/4 through e^mu / (e^mu + 1/u − 1); 1024×1024 pixels are 4096 tokens, where mu is max_shift
-        ("ModelSamplingFlux", {"max_shift": 1.15, "base_shift": 0.5, "width": 1024, "height": 1024}, lambda u: 1 / (1 + math.exp(-1.15) * (1 / u - 1))),
-        ("ModelSamplingFlux", {"max_shift": 1.15, "base_shift": 0.5, "width": 256, "height": 256}, lambda u: 1 / (1 + math.exp(-0.5) * (1 / u - 1))),
+        # u = 1, 3/4, 1/2, 1/4; 1024×1024 pixels are 4096 tokens, where mu is max_shift, 256×256 are 256, where it is base_shift
+        ("ModelSamplingFlux", size(1024), flux_shift(1.15)),
+        ("ModelSamplingFlux", size(256), flux_shift(0.5)),
         ("ModelSamplingSD3", {"shift": 3.0}, lambda u: 3 * u / (1 + 2 * u)),
         ("ModelSamplingAuraFlow", {"shift": 1.73}, lambda u: 1.73 * u / (1 + 0.73 * u)),
     ],
-)  # fmt: skip
+)
 def test_shifted_schedules(run, parts, node, inputs, expected):
     (shifted,) = run(node, model=parts["model"], **inputs)
     sigmas = schedule(run, {"model": shifted}).tolist()
