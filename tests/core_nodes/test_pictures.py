@@ -354,7 +354,7 @@ def test_a_picture_larger_than_memory_is_refused_before_it_is_decoded(call, inpu
 
 def test_postscript_is_not_interpreted(call, inputs):
     (inputs / "a.png").write_bytes(b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\nshowpage\n")
-    with pytest.raises(NodeInputError, match="a picture that Pillow can read"):
+    with pytest.raises(NodeInputError, match="cannot identify image file"):
         call("LoadImage", image="a.png")
 
 
