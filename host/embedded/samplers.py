@@ -14,7 +14,16 @@ import torch
 
 from ...errors import input_error
 from . import k_diffusion_sampling, sampler_helpers
-from .cond_processing import process_conds
+from .cond_processing import (
+    apply_empty_x_to_equal_area,
+    calculate_start_end_timesteps,
+    create_cond_with_same_area_if_none,
+    encode_model_conds,
+    get_mask_aabb,
+    pre_run_control,
+    process_conds,
+    resolve_areas_and_cond_masks_multidim,
+)
 from .model_management import throw_exception_if_processing_interrupted
 from .model_options import create_model_options_clone
 from .patcher_extension import WrapperExecutor, WrappersMP, get_all_wrappers
@@ -26,7 +35,9 @@ from .schedulers import SCHEDULER_HANDLERS, SchedulerHandler, calculate_sigmas
 __all__ = [
     "CFGGuider", "sample", "Sampler", "KSAMPLER", "KSamplerX0Inpaint", "ksampler", "sampler_object", "KSampler", "KSAMPLER_NAMES",
     "SAMPLER_NAMES", "SCHEDULER_NAMES", "SCHEDULER_HANDLERS", "SchedulerHandler", "calculate_sigmas", "calc_cond_batch", "cfg_function",
-    "sampling_function", "get_area_and_mult", "process_conds",
+    "sampling_function", "get_area_and_mult", "process_conds", "apply_empty_x_to_equal_area", "calculate_start_end_timesteps",
+    "create_cond_with_same_area_if_none", "encode_model_conds", "get_mask_aabb", "pre_run_control",
+    "resolve_areas_and_cond_masks_multidim",
 ]  # fmt: skip
 
 SAMPLER_NAMES = list(_SAMPLER_NAMES)

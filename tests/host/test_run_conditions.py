@@ -2,8 +2,15 @@
 
 from __future__ import annotations
 
+from dataclasses import asdict
+
 import pytest
 import torch
+from rectiflow.host.embedded.latent_formats import Flux
+from rectiflow.host.embedded.ldm.flux import FluxParams
+from rectiflow.host.embedded.model_detection import build_network, flux_config
+from rectiflow.host.embedded.patcher_extension import WrappersMP
+from rectiflow.host.embedded.sd import build_flux_model
 from rectiflow.tests.host.toy import NOISE, cond, euler, net, run, toy_model
 
 pytestmark = pytest.mark.usefixtures("host")
@@ -184,3 +191,56 @@ def test_models_of_conditions_and_patchers_are_loaded_and_cleaned():
     model.additional_models["k"] = [attached]
     run(model, cond(1.0, additional_models=[further]))
     assert further.loaded_size() > 0 and attached.loaded_size() > 0 and cleaned == [further, attached]
+
+
+# A real transformer
+
+
+def small_flux(guidance_embed=True):
+    """A Flux of two blocks with random weights: text and image attend to each other, so conditions could leak into one another."""
+    params = FluxParams(
+        in_channels=16, out_channels=16, vec_in_dim=8, context_in_dim=12, hidden_size=64, mlp_ratio=2.0, num_heads=2, depth=1,
+        depth_single_blocks=1, axes_dim=(8, 12, 12), theta=10000, patch_size=2, qkv_bias=True, guidance_embed=guidance_embed,
+    )  # fmt: skip
+    random = torch.Generator().manual_seed(0)
+    network = build_network(flux_config(params), torch.float32, "cpu")
+    weights = {key: torch.randn(tensor.shape, generator=random) * 0.2 for key, tensor in network.state_dict().items()}
+    return build_flux_model(weights, asdict(params), Flux())
+
+
+def flux_cond(seed, tokens=4, **options):
+    random = torch.Generator().manual_seed(seed)
+    states = torch.randn(1, tokens, 12, generator=random)
+    return [[states, {"pooled_output": torch.randn(1, 8, generator=random), **options}]]
+
+
+def flux_run(positive, negative):
+    noise = torch.randn(2, 16, 6, 4, generator=torch.Generator().manual_seed(1))
+    return run(small_flux(), positive, negative, noise=noise, latent=torch.zeros_like(noise))
+
+
+REFERENCE = torch.randn(1, 16, 4, 4, generator=torch.Generator().manual_seed(5))
+MASKED = torch.zeros(1, 10, 10)  # 4 text and 6 image tokens; the last text token is hidden
+MASKED[:, :, 3] = float("-inf")
+
+
+@pytest.mark.parametrize(
+    ("options", "joinable"),
+    [({}, True), ({"guidance": 7.0}, True), ({"guidance": None}, False), ({"reference_latents": [REFERENCE]}, False),
+     ({"attention_mask": MASKED, "attention_mask_img_shape": (3, 2)}, False)],
+    ids=["plain", "guidance", "no guidance", "reference", "attention mask"],
+)  # fmt: skip
+def test_a_flux_transformer_sees_each_condition_alone(host, options, joinable):
+    """Joined, split by memory and joined with equal options: the same picture; and each option changes it."""
+    positive, negative = flux_cond(1, **options), flux_cond(2)
+    joined = flux_run(positive, negative)
+    with host.memory.reporting_free(0):
+        split = flux_run(positive, negative)
+    # Products over other batch sizes sum in another order: 1e-6 of the largest value is seen after three steps.
+    assert (joined - split).abs().max() < 1e-5 * joined.abs().max()
+    if options:
+        assert (joined - flux_run(flux_cond(1), negative)).abs().max() > 1e-3
+    model, seen = small_flux(), []
+    model.add_wrapper(WrappersMP.APPLY_MODEL, lambda executor, *a, **k: seen.append(a[5]["cond_or_uncond"]) or executor(*a, **k))
+    run(model, positive, negative, sigmas=torch.tensor([1.0, 0.0]), noise=REFERENCE, latent=0 * REFERENCE)
+    assert seen == ([[1, 0]] if joinable else [[0], [1]])
