@@ -17,7 +17,7 @@ from pathlib import Path
 from aiohttp import web
 
 from ....errors import NodeInputError
-from ....host import ANNOUNCED
+from .. import announce
 from ..context import Host, use_host
 from ..core_nodes import NODE_CLASS_MAPPINGS, NODE_DISPLAY_NAME_MAPPINGS
 from ..execution.registry import NodeRegistry
@@ -113,7 +113,7 @@ def _load_packs(server: Server) -> None:
 @contextlib.contextmanager
 def serving(options: ServerOptions, logs: LogBuffer | None = None) -> Iterator[web.Application]:
     """An application with all its packs loaded; ComfyUI's module names answer inside the block only."""
-    announced = sys.modules.setdefault(ANNOUNCED, sys.modules[__name__])
+    announce()
     host = _build_host(options)
     server = build_server(options, host, logs or LogBuffer())
     with alias.installed(), use_host(host):
@@ -129,8 +129,6 @@ def serving(options: ServerOptions, logs: LogBuffer | None = None) -> Iterator[w
         finally:
             host.paths.empty_temp_directory()
             prompt_server.withdraw()
-            if announced is sys.modules[__name__]:
-                sys.modules.pop(ANNOUNCED, None)
 
 
 # -- the process
