@@ -29,7 +29,8 @@ from safetensors.torch import save_file  # noqa: E402
 OPS = comfy.ops.manual_cast
 FLUX = {
     "in_channels": 16, "out_channels": 16, "vec_in_dim": 24, "context_in_dim": 40, "hidden_size": 64, "mlp_ratio": 4.0, "num_heads": 2,
-    "depth": 2, "depth_single_blocks": 2, "axes_dim": [4, 14, 14], "theta": 10000, "patch_size": 2, "qkv_bias": True, "guidance_embed": True,
+    "depth": 2, "depth_single_blocks": 2, "axes_dim": [4, 14, 14], "theta": 10000, "patch_size": 2, "qkv_bias": True,
+    "guidance_embed": True,
 }  # fmt: skip
 SD3 = {
     "input_size": None, "patch_size": 2, "in_channels": 16, "depth": 2, "adm_in_channels": 24, "num_patches": 144, "pos_embed_max_size": 12,
@@ -52,10 +53,10 @@ def randomise(module: torch.nn.Module, scale: float = 0.15) -> None:
             tensor.copy_(centre + scale * torch.randn(tensor.shape))
 
 
-def inputs(*, batch: int = 2, height: int = 8, width: int = 12, tokens: int = 5, text: int = 40, pooled: int = 24) -> dict[str, torch.Tensor]:
+def inputs(*, batch: int = 2, height: int = 8, width: int = 12, tokens: int = 5) -> dict[str, torch.Tensor]:
     return {
-        "x": torch.randn(batch, 16, height, width), "timestep": torch.rand(batch), "context": torch.randn(batch, tokens, text),
-        "y": torch.randn(batch, pooled),
+        "x": torch.randn(batch, 16, height, width), "timestep": torch.rand(batch), "context": torch.randn(batch, tokens, 40),
+        "y": torch.randn(batch, 24),
     }  # fmt: skip
 
 
@@ -71,7 +72,8 @@ def write(folder: Path, name: str, module: torch.nn.Module, given: dict, out: to
 def flux_cases(folder: Path) -> None:
     guided = {"guidance": torch.tensor([3.5, 2.0])}
     cases = {
-        "flux": ({}, {}, guided), "flux_odd_size": ({}, {"height": 7, "width": 9}, guided), "flux_plain": ({"guidance_embed": False}, {}, {}),
+        "flux": ({}, {}, guided), "flux_odd_size": ({}, {"height": 7, "width": 9}, guided),
+        "flux_plain": ({"guidance_embed": False}, {}, {}),
         "flux_no_bias": ({"qkv_bias": False, "mlp_ratio": 2.0}, {}, guided),
         "flux_mask": ({}, {"height": 4, "width": 4}, {**guided, "attention_mask": torch.randn(2, 9, 9)}),
         "flux_control": ({}, {}, {**guided, "control_input": [torch.randn(2, 24, 64), torch.randn(2, 10, 64)],
@@ -142,9 +144,8 @@ def codec_cases(folder: Path) -> None:
         out = torch.cat((model.encode(given["pixels"]).flatten(), model.decode(given["latent"]).flatten()))
         write(folder, f"taesd_{channels}", model, given, out)
     regular = {"target": "comfy.ldm.models.autoencoder.DiagonalGaussianRegularizer"}
-    parts = {
-        f"{half.lower()}_config": {"target": f"comfy.ldm.modules.diffusionmodules.model.{half}", "params": KL} for half in ("Encoder", "Decoder")
-    }
+    path = "comfy.ldm.modules.diffusionmodules.model."
+    parts = {f"{half.lower()}_config": {"target": path + half, "params": KL} for half in ("Encoder", "Decoder")}
     models = {
         "kl_16": comfy.ldm.models.autoencoder.AutoencodingEngine(regularizer_config=regular, **parts),
         "kl_quant": comfy.ldm.models.autoencoder.AutoencoderKL(ddconfig={**KL, "z_channels": 4}, embed_dim=4),
@@ -171,8 +172,9 @@ def wrapped_cases(folder: Path) -> None:
         model = model_config.get_model({}, "")
         randomise(model.diffusion_model)
         given = {
-            "x": torch.randn(2, 16, 8, 12), "sigma": torch.tensor([0.7, 0.3]), "cross_attn": torch.randn(1, 5, 40), "pooled": torch.randn(1, 24),
-            "reference": torch.randn(1, 16, 6, 4), "mask": torch.rand(1, 1, 64, 96), "concat": torch.randn(1, 16, 8, 12),
+            "x": torch.randn(2, 16, 8, 12), "sigma": torch.tensor([0.7, 0.3]), "cross_attn": torch.randn(1, 5, 40),
+            "pooled": torch.randn(1, 24), "reference": torch.randn(1, 16, 6, 4), "mask": torch.rand(1, 1, 64, 96),
+            "concat": torch.randn(1, 16, 8, 12),
         }  # fmt: skip
         entry = {
             "cross_attn": given["cross_attn"], "pooled_output": given["pooled"], "noise": given["x"], "device": "cpu",

@@ -13,7 +13,14 @@ from rectiflow.host.embedded.ldm.flux import Flux, FluxParams
 from rectiflow.host.embedded.ldm.lumina2 import NextDiT
 from rectiflow.host.embedded.ldm.mmdit import MMDiT
 from rectiflow.host.embedded.model_base import MODEL_CLASSES
-from rectiflow.host.embedded.model_detection import flux_config, flux_params, mmdit_params, model_config_from_unet, nextdit_params, with_dtypes
+from rectiflow.host.embedded.model_detection import (
+    flux_config,
+    flux_params,
+    mmdit_params,
+    model_config_from_unet,
+    nextdit_params,
+    with_dtypes,
+)
 from rectiflow.host.embedded.safetensors_file import load_safetensors
 from rectiflow.host.embedded.vae import find_codec
 from rectiflow.host.embedded.weights import load_into
