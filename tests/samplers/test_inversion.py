@@ -80,7 +80,7 @@ def test_order_of_the_inverted_noise(mixture):
     flow, data, noise = mixture
     steps = [20, 40, 80, 160]
     for name, order in (("uni_inv", 1), ("fixed_point", 1), ("rf_solver", 2), ("fireflow", 2)):
-        options = {"iterations": 20} if name == "fixed_point" else {}
+        options = {"iterations": 8} if name == "fixed_point" else {}
         errors = [rmse(INVERTERS[name](flow, data, rising(n), **options), noise) for n in steps]
         assert fitted_order(steps, errors) == pytest.approx(order, abs=0.3)
 
