@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import difflib
 import re
 import sys
 from collections.abc import Iterable, Mapping
@@ -31,26 +32,46 @@ class CommandError(Exception):
         return self.message
 
 
-def rejection(error: Mapping[str, Any] | None, node_errors: Mapping[str, Mapping], prompt: Mapping[str, Any]) -> CommandError:
+def rejection(
+    error: Mapping[str, Any] | None,
+    node_errors: Mapping[str, Mapping],
+    prompt: Mapping[str, Any],
+    object_info: Mapping[str, Mapping],
+) -> CommandError:
     """The answer of a graph's validation, ours or a server's, as lines that name node and input.
 
     Args:
-        error: ComfyUI's error object. node_errors: node id → {"errors", "class_type", …}. prompt: the graph, for node titles.
+        error: ComfyUI's error object. node_errors: node id → {"errors", "class_type", …}.
+        prompt: the graph, for node titles. object_info: descriptions of the classes, for the nearest allowed value.
     """
-    lines = list(_node_lines(node_errors, prompt))
+    lines = list(_node_lines(node_errors, prompt, object_info))
     if not lines:
         error = error or {}
         lines = [": ".join(part for part in (str(error.get("message", "")), str(error.get("details", ""))) if part)]
     message = shortened("The graph cannot run:\n" + "\n".join(f"  {line}" for line in lines))
-    return CommandError(message, BAD_INPUT, {"error": error, "node_errors": node_errors})
+    return CommandError(message, BAD_INPUT, {"validation": error, "node_errors": node_errors})
 
 
-def _node_lines(node_errors: Mapping[str, Mapping], prompt: Mapping[str, Any]) -> Iterable[str]:
+def _node_lines(node_errors: Mapping[str, Mapping], prompt: Mapping[str, Any], object_info: Mapping[str, Mapping]) -> Iterable[str]:
     for node_id, found in node_errors.items():
         for problem in found.get("errors", ()):
-            name = (problem.get("extra_info") or {}).get("input_name")
-            where = f"{node_name(node_id, prompt)}, input '{name}'" if name else node_name(node_id, prompt)
-            yield f"{where}: {problem.get('message', '')} ({problem.get('details', '')})"
+            extra = problem.get("extra_info") or {}
+            name, details = extra.get("input_name"), str(problem.get("details") or "")
+            where = node_name(node_id, prompt) + (f", input '{name}'" if name else "")
+            line = f"{where}: {problem.get('message', '')}" + (f" ({details})" if details and details != name else "")
+            if problem.get("type") == "value_not_in_list":
+                line += _nearest(object_info.get(found.get("class_type")) or {}, name, extra.get("received_value"))
+            yield line
+
+
+def _nearest(description: Mapping[str, Any], name: str, value: Any) -> str:
+    """The allowed value that a mistyped one was probably meant to be; a long list is not shown in the details."""
+    for group in (description.get("input") or {}).values():
+        for kind, *rest in [group[name]] if name in group and not isinstance(group[name], str) else ():
+            choices = kind if isinstance(kind, (list, tuple)) else (rest[0] if rest else {}).get("options") or ()
+            near = difflib.get_close_matches(str(value), [choice for choice in choices if isinstance(choice, str)], n=3, cutoff=0.5)
+            return f". Nearest: {', '.join(near)}" if near else ""
+    return ""
 
 
 def node_failure(node_id: str, exception_type: str, message: str, prompt: Mapping[str, Any], traceback: Iterable[str] = ()) -> CommandError:

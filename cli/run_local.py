@@ -53,7 +53,8 @@ def run_local(graph: Path, overrides: Sequence[Override], settings: LocalSetting
         except (PromptError, ValueError, OSError) as error:
             raise unreadable(graph, error) from error
         prompt = loaded.prompt
-        apply_overrides(prompt, overrides, _Described(host))
+        object_info = _Described(host)
+        apply_overrides(prompt, overrides, object_info)
         refuse_non_finite(prompt)
         # A UI graph is written into the picture as it is, so a changed one keeps only its changed prompt.
         runnable = graph if loaded.workflow is not None and not overrides else prompt
@@ -61,7 +62,7 @@ def run_local(graph: Path, overrides: Sequence[Override], settings: LocalSetting
             with _watched(prompt, host) as (line, terminated):
                 result = run_graph(runnable, host, on_event=line)
         except PromptError as error:
-            raise rejection(error.error, error.node_errors, prompt) from error
+            raise rejection(error.error, error.node_errors, prompt, object_info) from error
         except RunInterrupted as error:
             raise CommandError(f"stopped at {node_name(error.node_id, prompt)}", TERMINATED if terminated else INTERRUPTED) from error
         except NodeExecutionError as error:

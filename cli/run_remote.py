@@ -40,7 +40,7 @@ def run_remote(graph: Path, overrides: Sequence[Override], url: str, out: Path) 
                         prompt, workflow=None if overrides else workflow, on_event=lambda event: line(event.type, event.data)
                     )
             except PromptRejected as error:
-                raise rejection(error.error, error.node_errors, prompt) from error
+                raise rejection(error.error, error.node_errors, prompt, object_info) from error
             except ExecutionFailed as error:
                 failed = error.details
                 message = str(failed.get("exception_message", "")).strip()

@@ -77,3 +77,13 @@ def comfyui() -> Path:
     if path is None:
         pytest.skip("COMFYUI_PATH does not name a ComfyUI checkout")
     return path
+
+
+@pytest.fixture
+def host(tmp_path):
+    """An embedded host on the CPU whose folders are the test's own; it is the current one during the test."""
+    from rectiflow.host.embedded import HostSettings, make_host, use_host
+
+    made = make_host(tmp_path, settings=HostSettings(device="cpu", dtype="fp32"))
+    with use_host(made):
+        yield made
