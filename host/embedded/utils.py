@@ -12,6 +12,7 @@ import torch.nn.functional as F
 from PIL import Image
 
 from .context import current_host
+from .model_management import throw_exception_if_processing_interrupted
 from .safetensors_file import load_torch_file
 
 __all__ = [
@@ -35,8 +36,6 @@ class ProgressBar:
 
     def update_absolute(self, value: int, total: int | None = None, preview: Any = None) -> None:
         """`preview` is ("JPEG" or "PNG", PIL image, largest side in pixels) or None."""
-        from .model_management import throw_exception_if_processing_interrupted
-
         throw_exception_if_processing_interrupted()
         if total is not None:
             self.total = total
