@@ -47,7 +47,8 @@ def rejection(
     lines = list(_node_lines(node_errors, prompt, object_info))
     if not lines:
         error = error or {}
-        lines = [": ".join(part for part in (str(error.get("message", "")), str(error.get("details", ""))) if part)]
+        details = f" ({error['details']})" if error.get("details") else ""
+        lines = [f"{error.get('message', '')}{details}"]
     message = shortened("The graph cannot run:\n" + "\n".join(f"  {line}" for line in lines))
     return CommandError(message, BAD_INPUT, {"validation": error, "node_errors": node_errors})
 

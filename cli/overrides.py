@@ -47,7 +47,7 @@ def apply_overrides(prompt: dict[str, Any], overrides: Iterable[Override], objec
         node_id = find_node(prompt, override.node)
         node = prompt[node_id]
         inputs = node.setdefault("inputs", {})
-        declared = _declared_inputs(object_info.get(node["class_type"], {}))
+        declared = _declared_inputs(object_info.get(node.get("class_type")) or {})
         if override.input_name not in inputs and override.input_name not in declared:
             known = [*declared, *(name for name in inputs if name not in declared)]
             nearest = difflib.get_close_matches(override.input_name, known, n=1) or known
@@ -63,16 +63,17 @@ def _declared_inputs(description: Mapping[str, Any]) -> dict[str, Any]:
 
 def find_node(prompt: Mapping[str, Any], name: str) -> str:
     """The id of the node with that id, else with that class_type, else with that title."""
-    if name in prompt:
+    nodes = {node_id: node for node_id, node in prompt.items() if isinstance(node, dict)}
+    if name in nodes:
         return name
-    by_class = [node_id for node_id, node in prompt.items() if node.get("class_type") == name]
-    by_title = [node_id for node_id, node in prompt.items() if (node.get("_meta") or {}).get("title") == name]
+    by_class = [node_id for node_id, node in nodes.items() if node.get("class_type") == name]
+    by_title = [node_id for node_id, node in nodes.items() if (node.get("_meta") or {}).get("title") == name]
     found = by_class or by_title
     if len(found) == 1:
         return found[0]
     if found:
         raise CommandError(f"--set: {len(found)} nodes are called '{name}'; give the id of one: {', '.join(found)}.")
-    listed = ", ".join(node_name(node_id, prompt) for node_id in list(prompt)[:30])
+    listed = ", ".join(node_name(node_id, prompt) for node_id in list(nodes)[:30])
     raise CommandError(f"--set: the graph has no node '{name}'. It has: {listed}.")
 
 
