@@ -39,7 +39,11 @@ def test_the_node_registers_with_the_table_it_has_here(class_id, infos):
 
 @pytest.mark.parametrize("name", graph_names())
 def test_the_graph_gives_the_same_picture_and_latent(name, comfyui_server, embedded):
-    graph = with_saved_latents(api_graph(name))
+    both_hosts_agree(api_graph(name), comfyui_server, embedded)
+
+
+def both_hosts_agree(graph: dict, comfyui_server, embedded) -> None:
+    graph = with_saved_latents(graph)
     here = run_graph(graph, embedded)
     there = comfyui_server.run(graph)
     for node_id, shown in here.outputs.items():
@@ -91,3 +95,74 @@ def test_bad_widgets_reach_the_person_as_our_message(comfyui_server):
     }
     with pytest.raises(AssertionError, match="Picture Grid: input 'image_1' got None"):
         comfyui_server.run(graph)
+
+
+def stock(**nodes: tuple[str, dict]) -> dict:
+    """A graph around the tiny model: node id → (class, inputs)."""
+    text = "noto fox on green"
+    common = {
+        "load": ("RectiflowLoadTiny", {}),
+        "yes": ("CLIPTextEncode", {"text": text, "clip": ["load", 1]}),
+        "no": ("CLIPTextEncode", {"text": "", "clip": ["load", 1]}),
+        "picture": ("RectiflowExamplePicture", {"picture": "smiling face"}),
+    }
+    return {key: {"class_type": kind, "inputs": inputs} for key, (kind, inputs) in {**common, **nodes}.items()}
+
+
+def ksampler(latent: list, **changed) -> tuple[str, dict]:
+    widgets = {"seed": 5, "steps": 4, "cfg": 3.0, "sampler_name": "euler", "scheduler": "simple", "denoise": 1.0}
+    links = {"model": ["load", 0], "positive": ["yes", 0], "negative": ["no", 0], "latent_image": latent}
+    return "KSampler", {**widgets, **links, **changed}
+
+
+def decoded(latent: list) -> tuple[str, dict]:
+    return "VAEDecode", {"samples": latent, "vae": ["load", 2]}
+
+
+def shown(image: list) -> tuple[str, dict]:
+    return "SaveImage", {"images": image, "filename_prefix": "contract/picture"}
+
+
+TILES = {"tile_size": 64, "overlap": 16, "temporal_size": 64, "temporal_overlap": 8}
+# The tiny model through stock nodes that touch other corners of MODEL, CLIP and VAE than the shipped graphs do.
+STOCK_GRAPHS = {
+    "an empty latent of four channels is widened": stock(
+        empty=("EmptyLatentImage", {"width": 128, "height": 128, "batch_size": 2}),
+        sample=ksampler(["empty", 0]),
+        decode=decoded(["sample", 0]),
+        save=shown(["decode", 0]),
+    ),
+    "inpainting through the VAE with a grown mask": stock(
+        encode=("VAEEncodeForInpaint", {"pixels": ["picture", 0], "vae": ["load", 2], "mask": ["picture", 1], "grow_mask_by": 6}),
+        sample=ksampler(["encode", 0]),
+        decode=decoded(["sample", 0]),
+        save=shown(["decode", 0]),
+    ),
+    "guidance of the Flux kind is taken and changes nothing": stock(
+        guided=("FluxGuidance", {"conditioning": ["yes", 0], "guidance": 7.0}),
+        zeroed=("ConditioningZeroOut", {"conditioning": ["no", 0]}),
+        empty=("RectiflowEmptyLatent", {"vae": ["load", 2], "width": 64, "height": 64, "batch_size": 1}),
+        sample=ksampler(["empty", 0], positive=["guided", 0], negative=["zeroed", 0]),
+        decode=decoded(["sample", 0]),
+        save=shown(["decode", 0]),
+    ),
+    "a shifted flow and a second order solver": stock(
+        shifted=("ModelSamplingSD3", {"model": ["load", 0], "shift": 3.0}),
+        encode=("VAEEncode", {"pixels": ["picture", 0], "vae": ["load", 2]}),
+        sample=ksampler(["encode", 0], model=["shifted", 0], sampler_name="heun", scheduler="beta", denoise=0.6),
+        decode=("VAEDecodeTiled", {"samples": ["sample", 0], "vae": ["load", 2], **TILES}),
+        save=shown(["decode", 0]),
+    ),
+    "another size, a batch of repeats and a stochastic solver": stock(
+        empty=("RectiflowEmptyLatent", {"vae": ["load", 2], "width": 96, "height": 32, "batch_size": 1}),
+        repeat=("RepeatLatentBatch", {"samples": ["empty", 0], "amount": 2}),
+        sample=ksampler(["repeat", 0], sampler_name="euler_ancestral", cfg=1.0),
+        decode=decoded(["sample", 0]),
+        save=shown(["decode", 0]),
+    ),
+}
+
+
+@pytest.mark.parametrize("what", STOCK_GRAPHS)
+def test_the_tiny_model_goes_through_stock_nodes_alike(what, comfyui_server, embedded):
+    both_hosts_agree(STOCK_GRAPHS[what], comfyui_server, embedded)
