@@ -18,6 +18,7 @@ import comfy.latent_formats  # noqa: E402
 import comfy.ldm.models.autoencoder  # noqa: E402
 import comfy.model_base  # noqa: E402
 import comfy.ops  # noqa: E402
+import comfy.sd  # noqa: E402
 import comfy.supported_models  # noqa: E402
 import torch  # noqa: E402
 from comfy.ldm.flux.model import Flux  # noqa: E402
@@ -143,6 +144,13 @@ def codec_cases(folder: Path) -> None:
         given = {"pixels": torch.rand(2, 3, 16, 24) * 2 - 1, "latent": torch.randn(2, channels, 2, 3)}
         out = torch.cat((model.encode(given["pixels"]).flatten(), model.decode(given["latent"]).flatten()))
         write(folder, f"taesd_{channels}", model, given, out)
+    vae = comfy.sd.VAE(sd=model.state_dict())
+    given = {"pixels": torch.rand(2, 83, 100, 3), "latent": torch.randn(2, 16, 9, 12)}
+    calls = (
+        vae.encode(given["pixels"]), vae.decode(given["latent"]), vae.encode_tiled(given["pixels"], tile_x=48, tile_y=64, overlap=16),
+        vae.decode_tiled(given["latent"], tile_x=8, tile_y=6, overlap=2),
+    )  # fmt: skip
+    write(folder, "vae", model, given, torch.cat([result.flatten() for result in calls]))
     regular = {"target": "comfy.ldm.models.autoencoder.DiagonalGaussianRegularizer"}
     path = "comfy.ldm.modules.diffusionmodules.model."
     parts = {f"{half.lower()}_config": {"target": path + half, "params": KL} for half in ("Encoder", "Decoder")}

@@ -22,7 +22,7 @@ LUMINA = NextDiTParams(
 
 
 def random(*shape: int, seed: int = 0) -> torch.Tensor:
-    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
+    return torch.randn(shape, generator=torch.Generator().manual_seed(seed))
 
 
 def filled(model: torch.nn.Module, scale: float = 0.15) -> torch.nn.Module:

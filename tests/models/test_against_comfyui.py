@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from rectiflow.host.embedded import HostSettings, make_host, use_host
 from rectiflow.host.embedded.ldm.flux import Flux, FluxParams
 from rectiflow.host.embedded.ldm.lumina2 import NextDiT
 from rectiflow.host.embedded.ldm.mmdit import MMDiT
@@ -22,7 +23,7 @@ from rectiflow.host.embedded.model_detection import (
     with_dtypes,
 )
 from rectiflow.host.embedded.safetensors_file import load_safetensors
-from rectiflow.host.embedded.vae import find_codec
+from rectiflow.host.embedded.vae import VAE, find_codec
 from rectiflow.host.embedded.weights import load_into
 
 pytestmark = pytest.mark.comfyui
@@ -108,6 +109,19 @@ def test_codecs(reference, name):
     case = Case(reference / f"{name}.safetensors")
     codec = find_codec(case.weights).module
     case.check(torch.cat((codec.encode(case.inputs["pixels"]).flatten(), codec.decode(case.inputs["latent"]).flatten())))
+
+
+def test_vae_wrapper(reference, tmp_path):
+    """Cropping, ranges, and the three blended tilings."""
+    case = Case(reference / "vae.safetensors")
+    pixels, latent = case.inputs["pixels"], case.inputs["latent"]
+    with use_host(make_host(tmp_path, settings=HostSettings(device="cpu"))):
+        vae = VAE(sd=case.weights)
+        calls = (
+            vae.encode(pixels), vae.decode(latent), vae.encode_tiled(pixels, tile_x=48, tile_y=64, overlap=16),
+            vae.decode_tiled(latent, tile_x=8, tile_y=6, overlap=2),
+        )  # fmt: skip
+    case.check(torch.cat([result.flatten() for result in calls]))
 
 
 @pytest.mark.parametrize("name", ["wrapped_flux", "wrapped_schnell", "wrapped_fill", "wrapped_sd3", "wrapped_lumina2"])
