@@ -53,7 +53,9 @@ def integer(name: str, default: int, low: int, high: int, tooltip: str, *, step:
     return _input(name, "INT", tooltip, optional, advanced, default=default, min=low, max=high, step=step)
 
 
-def number(name: str, default: float, low: float, high: float, tooltip: str, *, step=0.01, round=False, optional=False, advanced=False) -> Input:
+def number(
+    name: str, default: float, low: float, high: float, tooltip: str, *, step=0.01, round=False, optional=False, advanced=False
+) -> Input:
     """A FLOAT widget; `low` and `high` are inclusive; `round` is ComfyUI's option (False keeps every digit)."""
     return _input(name, "FLOAT", tooltip, optional, advanced, default=default, min=low, max=high, step=step, round=round)
 
