@@ -24,7 +24,7 @@ import os, pathlib, sys, time
 here = pathlib.Path.cwd()
 with open(here / "pip.log", "a") as log:
     print(*sys.argv[1:], file=log)
-print("Collecting something\\n  Downloading something-1.0.whl (5.0 MB)", flush=True)
+print("Collecting something\\n  Downloading something-1.0-py3-none-any.whl (5.0 MB)", flush=True)
 if (here / "hang").exists():
     time.sleep(60)
 if (here / "fail").exists():
@@ -80,7 +80,7 @@ def test_from_nothing_to_started_and_from_then_on_at_once(clone, tmp_path):
     first = start(clone, "run", "a graph.json", cwd=tmp_path)
     assert first.returncode == 7, first.stderr
     assert first.stdout == f"started run a graph.json in {tmp_path}\n"
-    assert "making .venv" in first.stderr and "downloading something-1.0.whl (5.0 MB)" in first.stderr and "ready" in first.stderr
+    assert "making .venv" in first.stderr and "downloading something 1.0 (5.0 MB)" in first.stderr and "ready" in first.stderr
     calls = pip_calls(clone)
     assert "-r constraints.txt" in calls[0] and "--editable ." in calls[1] and len(calls) == 2
 
