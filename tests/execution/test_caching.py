@@ -265,10 +265,11 @@ def test_signatures_are_shared_while_somebody_holds_them():
     chain = [first]
     for depth in range(50_000):
         chain.append(signatures.of(("B", depth, chain[-1])))
-    last, first = chain[-1], None
+    last = chain[-1]
+    del first
     chain.clear()
     assert len(signatures._known) > 50_000
-    last = None  # noqa: F841: the whole chain goes, without recursing through it
+    del last  # the whole chain goes, without recursing through it
     gc.collect()
     assert len(signatures._known) == 0
 

@@ -61,7 +61,8 @@ def test_progress_state_is_cumulative_and_a_message_does_not_change_later(toy):
 def test_a_cached_output_is_told_with_its_ui(toy):
     toy.run(graph(**CHAIN))
     toy.run(graph(**CHAIN))
-    assert [event for event, _ in toy.messages] == ["execution_start", "execution_cached", "executed", "progress_state", "execution_success"]
+    told = [event for event, _ in toy.messages]
+    assert told == ["execution_start", "execution_cached", "executed", "progress_state", "execution_success"]
     by_event = dict(toy.events())
     assert by_event["execution_cached"]["nodes"] == ["n", "s", "out"]
     assert by_event["executed"]["output"] == {"value": [2]}

@@ -156,8 +156,9 @@ class PromptExecutor:
             logging.info("Interrupted at node %s (%s)", node_id, node_type)
             self._message("execution_interrupted", place, to_everyone=True)
             return
-        logging.error("Node %s (%s) failed: %s: %s", node_id, node_type, type(error).__name__, error)
-        logging.debug("Traceback of node %s", node_id, exc_info=error)
+        # As text: a log record that holds the exception would keep its frames, and the tensors in them, alive.
+        logging.error("Node %s (%s) failed: %s: %s", node_id, node_type, type(error).__name__, str(error))
+        logging.debug("%s", "".join(traceback.format_exception(error)))
         tip = ""
         if isinstance(error, OOM_EXCEPTION):
             tip = OUT_OF_MEMORY_TIP
