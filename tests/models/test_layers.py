@@ -11,6 +11,7 @@ from rectiflow.host.embedded.ldm.attention import get_attention_function, optimi
 from rectiflow.host.embedded.ldm.common import (
     EmbedND,
     apply_rope,
+    finite_in_half,
     modulate,
     pad_to_patch_size,
     patchify,
@@ -178,6 +179,12 @@ def test_modulate():
     x, shift, scale = random(2, 3, 4), random(2, 1, 4, seed=1), random(2, 1, 4, seed=2)
     torch.testing.assert_close(modulate(x, shift, scale), x * (1 + scale) + shift)
     assert torch.equal(modulate(x, torch.zeros(2, 1, 4), torch.zeros(2, 1, 4)), x)
+
+
+def test_only_fp16_is_cut_to_its_range():
+    x = torch.tensor([1.0, float("inf"), -float("inf"), float("nan")])
+    assert finite_in_half(x.half()).tolist() == [1.0, 65504.0, -65504.0, 0.0]
+    assert finite_in_half(x) is x
 
 
 # Casting layers

@@ -294,8 +294,8 @@ def test_reference_latents_change_the_picture_not_its_size():
 
 def test_ids_count_rows_and_columns_from_the_offset():
     tokens, ids = flux().process_img(random(2, 16, 3, 6), index=2, h_offset=8, w_offset=3)
-    assert tokens.shape == (2, 6, 64) and ids.shape == (1, 6, 3) and ids.dtype == torch.float32
-    assert ids[0].tolist() == [[2, 4 + r, 2 + c] for r in range(2) for c in range(3)]
+    assert tokens.shape == (2, 6, 64) and ids.shape == (2, 6, 3) and ids.dtype == torch.float32
+    assert ids[0].tolist() == ids[1].tolist() == [[2, 4 + r, 2 + c] for r in range(2) for c in range(3)]
 
 
 def test_flux_without_guidance_weights_ignores_guidance():

@@ -285,15 +285,16 @@ class Flux(nn.Module):
         if ref_latents:
             method = kwargs.get("ref_latents_method") or "offset"
             places = _reference_offsets(ref_latents, method, (rows * self.patch_size, columns * self.patch_size))
-            parts = [(img, img_ids)] + [self.process_img(ref, *place) for ref, place in zip(ref_latents, places)]
-            img, img_ids = (torch.cat(tokens, dim=1) for tokens in zip(*parts))
-        out = self.forward_orig(
-            img, img_ids, context, timestep, y, guidance, control, transformer_options, attn_mask=kwargs.get("attention_mask")
-        )
+            references = [self.process_img(ref, *place) for ref, place in zip(ref_latents, places)]
+            img = torch.cat((img, *(tokens for tokens, _ in references)), dim=1)
+            img_ids = _joined_ids(img_ids, *(ids for _, ids in references))
+        txt_ids = torch.zeros((1, context.shape[1], 3), device=x.device, dtype=torch.float32).expand(x.shape[0], -1, -1)
+        mask = kwargs.get("attention_mask")
+        out = self.forward_orig(img, img_ids, context, txt_ids, timestep, y, guidance, control, transformer_options, attn_mask=mask)
         return unpatchify(out[:, :img_tokens], self.patch_size, rows, columns)[:, :, :height, :width]
 
     def process_img(self, x: torch.Tensor, index: int = 0, h_offset: int = 0, w_offset: int = 0) -> tuple[torch.Tensor, torch.Tensor]:
-        """Tokens (b, n, c·p²) and their ids (1, n, 3) = (index, row, column); offsets are in latent cells.
+        """Tokens (b, n, c·p²) and their ids (b, n, 3) = (index, row, column), one table for the batch; offsets are in latent cells.
 
         Ids are fp32 in every compute dtype: bf16 would merge rows past 256.
         """
@@ -304,7 +305,7 @@ class Flux(nn.Module):
         ids[..., 0] = index
         ids[..., 1] = torch.arange(rows, device=x.device, dtype=torch.float32)[:, None] + (h_offset + p // 2) // p
         ids[..., 2] = torch.arange(columns, device=x.device, dtype=torch.float32)[None, :] + (w_offset + p // 2) // p
-        return tokens, ids.reshape(1, rows * columns, 3)
+        return tokens, ids.reshape(1, rows * columns, 3).expand(x.shape[0], -1, -1)
 
     def _vector(self, like: torch.Tensor, timesteps: torch.Tensor, y: torch.Tensor | None, guidance: torch.Tensor | None) -> torch.Tensor:
         """Time, guidance and pooled text in one vector (b, d)."""
@@ -315,23 +316,20 @@ class Flux(nn.Module):
             y = torch.zeros((like.shape[0], self.params.vec_in_dim), device=like.device, dtype=like.dtype)
         return vec + self.vector_in(y[:, : self.params.vec_in_dim])
 
-    def forward_orig(self, img, img_ids, txt, timesteps, y, guidance=None, control=None, transformer_options=None, attn_mask=None):
-        """From image and text tokens to output tokens (b, n, out_channels·p²), with the post_input and block hooks."""
+    def forward_orig(self, img, img_ids, txt, txt_ids, timesteps, y, guidance=None, control=None, transformer_options=None, attn_mask=None):
+        """From image and text tokens with ids to output tokens (b, n, out_channels·p²), with the post_input and block hooks."""
         options = dict(transformer_options or {})
-        batch = img.shape[0]
         img = self.img_in(img)
         vec = self._vector(img, timesteps, y, guidance)
         txt = self.txt_in(txt)
-        txt_ids = torch.zeros((1, txt.shape[1], 3), device=txt.device, dtype=torch.float32)
 
         post_input = options.get("patches", {}).get("post_input", ())
-        if post_input:  # a patch may change ids per image, so each image gets its own
-            tokens = {"img": img, "txt": txt, "img_ids": img_ids.repeat(batch, 1, 1), "txt_ids": txt_ids.repeat(batch, 1, 1)}
+        if post_input:  # a patch may change ids per image and in place, so each image gets its own
+            tokens = {"img": img, "txt": txt, "img_ids": img_ids.clone(), "txt_ids": txt_ids.clone()}
             for patch in post_input:
                 tokens = patch(dict(tokens))
             img, txt, img_ids, txt_ids = (tokens[name] for name in ("img", "txt", "img_ids", "txt_ids"))
-        ids = torch.cat((txt_ids, img_ids), dim=1)
-        pe = self.pe_embedder(ids if ids.shape[0] == batch else ids.expand(batch, -1, -1))
+        pe = self.pe_embedder(_joined_ids(txt_ids, img_ids))
 
         shared = {"vec": vec, "pe": pe, "attn_mask": attn_mask, "transformer_options": options}
         img, txt = self._double(img, txt, shared, control)
@@ -373,6 +371,14 @@ class Flux(nn.Module):
             if i < len(residuals):
                 x = _add_residual(x, residuals[i], txt_tokens)
         return x
+
+
+def _joined_ids(*ids: torch.Tensor) -> torch.Tensor:
+    """Ids (b, n, 3) one after the other; tables that a whole batch shares (stride 0) stay shared."""
+    batch = ids[0].shape[0]
+    if batch > 1 and all(table.stride(0) == 0 for table in ids):
+        return torch.cat([table[:1] for table in ids], dim=1).expand(batch, -1, -1)
+    return torch.cat(ids, dim=1)
 
 
 def _add_residual(x: torch.Tensor, add: torch.Tensor | None, start: int) -> torch.Tensor:
