@@ -38,6 +38,7 @@ class Prompt:
     text: the canonical words behind the ids.
     unknown: words left out because the model does not know them.
     surplus: known words left out because they came after the fourth word of a thing, or a second style or colour.
+    unknown_colours: those of the unknown words that stood after "on", where a background is expected.
     """
 
     ids: tuple[int, ...]
@@ -45,6 +46,7 @@ class Prompt:
     text: str
     unknown: tuple[str, ...] = ()
     surplus: tuple[str, ...] = ()
+    unknown_colours: tuple[str, ...] = ()
 
 
 class Vocabulary:
@@ -70,6 +72,8 @@ class Vocabulary:
         style, colour = "", ""
         unknown: list[str] = []
         surplus: list[str] = []
+        unknown_colours: list[str] = []
+        after_on = False
         at = 0
         while at < len(words):
             named = self._thing_at(words, at)
@@ -79,16 +83,18 @@ class Vocabulary:
                 thing += words[at : at + named][:room]
                 surplus += words[at : at + named][room:]
                 at += named
+                after_on = False
                 continue
             if word in STYLES and style in ("", word):
                 style = word
             elif word in COLOURS and colour in ("", word):
                 colour = word
-            elif word in self.tokens and word != "<pad>":
-                if word != "on":
-                    surplus.append(word)
-            elif word not in ARTICLES:
+            elif word in self.tokens and word != "on":
+                surplus.append(word)
+            elif word not in ARTICLES and word != "on":
                 unknown.append(word)
+                unknown_colours += [word] * after_on
+            after_on = word == "on" or (after_on and word in ARTICLES)
             at += 1
         if thing:  # the model never saw a thing without a style and a background
             style, colour = style or DEFAULT_STYLE, colour or DEFAULT_COLOUR
@@ -100,6 +106,7 @@ class Vocabulary:
             text=" ".join(canonical),
             unknown=tuple(dict.fromkeys(unknown)),
             surplus=tuple(dict.fromkeys(surplus)),
+            unknown_colours=tuple(dict.fromkeys(unknown_colours)),
         )
 
     def nearest(self, word: str, count: int = 3) -> tuple[str, ...]:
@@ -111,8 +118,11 @@ class Vocabulary:
         """One line a user can act on, or "" when every word was used."""
         parts = []
         for word in prompt.unknown:
-            near = self.nearest(word)
-            parts.append(f"'{word}' is unknown (nearest: {', '.join(near)})" if near else f"'{word}' is unknown and nothing is near it")
+            near = ", ".join(self.nearest(word))
+            if word in prompt.unknown_colours:
+                parts.append(f"'{word}' is no background (there are {', '.join(COLOURS)})")
+            else:
+                parts.append(f"'{word}' is unknown (nearest: {near})" if near else f"'{word}' is unknown and nothing is near it")
         if prompt.surplus:
             left_out = ", ".join(f"'{word}'" for word in prompt.surplus)
             parts.append(f"{left_out} left out: a prompt holds one style, {THING_WORDS} words of a thing and one background colour")

@@ -103,6 +103,13 @@ def test_unknown_words_are_left_out_and_the_nearest_are_named(clip, caplog):
     assert "read as 'noto on blue'" in message
 
 
+@pytest.mark.parametrize("text", ["cat on purple", "cat on a purple", "on purple noto cat"])
+def test_an_unknown_background_is_answered_with_the_backgrounds(vocabulary, text):
+    prompt = vocabulary.parse(text)
+    assert prompt.text == "noto cat on white"
+    assert "'purple' is no background (there are white, red, blue" in vocabulary.complaint(prompt)
+
+
 def test_a_fifth_word_and_a_second_colour_are_reported(vocabulary):
     prompt = vocabulary.parse("cat dog fox bear panda on blue on red")
     assert prompt.text == "noto cat dog fox bear on blue"
