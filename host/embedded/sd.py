@@ -178,12 +178,14 @@ def load_clip(
 ):  # fmt: skip
     """CLIP from the tiny model's text encoder file.
 
+    embedding_directory and clip_type are for encoders that this host does not have. model_options: "load_device".
+
     Raises: ValueError naming each other file and what it holds.
     """
     files = {os.fspath(path): load_torch_file(path) for path in ckpt_paths}
-    clips = [clip for clip in map(tiny_clip, files.values()) if clip is not None]
-    if len(files) == 1 and clips:
-        return clips[0]
+    clip = tiny_clip(next(iter(files.values())), (model_options or {}).get("load_device")) if len(files) == 1 else None
+    if clip is not None:
+        return clip
     found = "; ".join(f"{path} is {describe(sd)}" for path, sd in files.items())
     raise ValueError(
         f"{found}. Supported on this host: the text encoder of Rectiflow's tiny model, alone, since a CLIP, T5 or Gemma encoder needs its "

@@ -38,8 +38,11 @@ def tiny_latent_format(state_dict: Mapping[str, torch.Tensor]) -> LatentFormat:
     return latent_format
 
 
-def tiny_clip(state_dict: Mapping[str, torch.Tensor]):
-    """The CLIP object of a file that holds text.embedding and style.embedding, or None where it does not."""
+def tiny_clip(state_dict: Mapping[str, torch.Tensor], load_device: torch.device | None = None):
+    """The CLIP object of a file that holds text.embedding and style.embedding, or None where it does not.
+
+    load_device: where the encoder runs; the host's choice when None.
+    """
     if _TEXT not in state_dict or _STYLE not in state_dict:
         return None
     from ...tiny.clip import TinyCLIP, TinyTextEncoder
@@ -55,7 +58,7 @@ def tiny_clip(state_dict: Mapping[str, torch.Tensor]):
         )
     with torch.inference_mode(False):
         encoder = TinyTextEncoder(state_dict[_TEXT].float().clone(), state_dict[_STYLE].float().clone())
-    device = model_management.text_encoder_device()
+    device = load_device or model_management.text_encoder_device()
     patcher = ModelPatcher(encoder, load_device=device, offload_device=model_management.text_encoder_offload_device())
     placement = Placement(patcher, lambda given: model_management.load_models_gpu([given]), model_management.intermediate_device())
     return TinyCLIP(encoder, vocabulary, placement)
