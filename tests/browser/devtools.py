@@ -20,7 +20,7 @@ __all__ = ["Browser", "PageError", "find_chromium"]
 FLAGS = (
     "--headless", "--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run", "--disable-background-networking",
     "--disable-component-update", "--disable-sync", "--disable-dev-shm-usage", "--disable-extensions", "--mute-audio",
-    "--remote-debugging-port=0", "--window-size=1600,1000",
+    "--remote-debugging-port=0", "--window-size=2200,1250",
 )  # fmt: skip
 START_SECONDS = 30
 CALL_SECONDS = 60
@@ -147,7 +147,9 @@ class Browser:
         """Repeat an expression until it is true in JavaScript's sense; returns its value."""
         end = time.monotonic() + seconds
         while True:
-            value = self.run(f"(() => {{ try {{ return {script} }} catch (error) {{ return null }} }})()")
+            # An element has no JSON value: its presence is what is asked for.
+            found = f"(() => {{ try {{ const v = {script}; return v instanceof Node || v }} catch (error) {{ return null }} }})()"
+            value = self.run(found)
             if value:
                 return value
             if time.monotonic() > end:
