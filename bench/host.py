@@ -3,6 +3,7 @@
     graph    what the graph engine itself costs per node, on 200 nodes that do nothing: one chain, and 40 groups of five. With
              COMFYUI_PATH naming a checkout (and COMFYUI_PYTHON its Python) ComfyUI runs the same, round by round in turn with ours.
     steps    seconds a step of the tiny model at 64×64 and 256×256, Euler with CFG 3, in turn with ComfyUI's own Flux class as above.
+    run      seconds of a warm `./rectiflow run workflows/api/text_to_image.json` and what they are spent on.
     memory   resident memory of running text_to_image, above a bare `import torch`.
 
 A section is a function that takes `Options` and returns a `Table`; a new one is added to SECTIONS.
@@ -18,12 +19,15 @@ import platform
 import statistics
 import subprocess
 import sys
+import tempfile
+import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 HERE = Path(__file__).resolve().parent
 RESULTS = HERE / "results"
+TEXT_TO_IMAGE = HERE.parent / "workflows" / "api" / "text_to_image.json"
 GRAPH_NODES = 200
 GRAPH_SHAPES = ("chain", "groups")
 GRAPH_GOAL_MS = 0.2
@@ -149,6 +153,33 @@ def steps(options: Options) -> Table:
     return Table("size host version seconds_per_step quartile_1 quartile_3 steps rounds python torch machine".split(), rows, notes)
 
 
+def run(options: Options) -> Table:
+    """Wall clock of the README's first command once .venv stands, split by what the command itself reports."""
+    command = [str(HERE.parent / "rectiflow"), "run", str(TEXT_TO_IMAGE), "--json", "--out"]
+    rounds = 3 if options.quick else 9
+    sampler = next(key for key, node in json.loads(TEXT_TO_IMAGE.read_text()).items() if node["class_type"] == "KSampler")
+    taken: dict[str, list[float]] = {part: [] for part in ("whole command", "start and imports", "graph engine", "sampling", "other nodes")}
+    with tempfile.TemporaryDirectory() as folder:
+        for number in range(rounds + 1):
+            started = time.perf_counter()
+            answer = subprocess.run([*command, folder], check=True, capture_output=True, text=True)
+            whole = time.perf_counter() - started
+            if not number:  # the first round reads files from the disk
+                continue
+            report = json.loads(answer.stdout)
+            inside, sampling = report["seconds"], report["node_seconds"][sampler]
+            nodes = sum(report["node_seconds"].values())
+            parts = (whole, whole - inside, inside - nodes, sampling, nodes - sampling)
+            for part, seconds in zip(taken, parts, strict=True):
+                taken[part].append(seconds)
+    middle = statistics.median(taken["whole command"])
+    rows = []
+    for part, seconds in taken.items():
+        low, median, high = spread(seconds)
+        rows.append([part, f"{median:.4f}", f"{low:.4f}", f"{high:.4f}", f"{100 * median / middle:.1f}", rounds, machine()])
+    return Table("part seconds quartile_1 quartile_3 percent rounds machine".split(), rows)
+
+
 def memory(options: Options) -> Table:
     """MiB above a bare torch import, after each run and at the highest point so far, in a process of its own."""
     child = Child(sys.executable, "resident_memory.py", "embedded")
@@ -165,7 +196,7 @@ def memory(options: Options) -> Table:
     return Table("run mib_now mib_peak bare_torch_mib version python torch machine".split(), rows, notes)
 
 
-SECTIONS: dict[str, Callable[[Options], Table]] = {"graph": graph, "steps": steps, "memory": memory}
+SECTIONS: dict[str, Callable[[Options], Table]] = {"graph": graph, "steps": steps, "run": run, "memory": memory}
 
 
 def write(name: str, table: Table) -> None:
