@@ -20,18 +20,23 @@ import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
 PIP = """
-import os, pathlib, sys, time
-here = pathlib.Path.cwd()
-with open(here / "pip.log", "a") as log:
-    print(*sys.argv[1:], file=log)
-print("Collecting something\\n  Downloading something-1.0-py3-none-any.whl (5.0 MB)", flush=True)
-if (here / "hang").exists():
-    time.sleep(60)
-if (here / "fail").exists():
-    sys.exit("ERROR: No matching distribution found for something")
+import pathlib, sys, time
+
+def main(here):
+    with open(here / "pip.log", "a") as log:
+        print(*sys.argv[1:], file=log)
+    print("Collecting something\\n  Downloading something-1.0-py3-none-any.whl (5.0 MB)", flush=True)
+    if (here / "hang").exists():
+        time.sleep(60)
+    if (here / "fail").exists():
+        sys.exit("ERROR: No matching distribution found for something")
+
+if __name__ == "__main__":
+    main(pathlib.Path.cwd())
 """
 PROGRAM = """
 import os, sys
+
 print("started", *sys.argv[1:], "in", os.getcwd())
 sys.exit(7)
 """
