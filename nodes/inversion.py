@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from .declare import Node, Output, boolean, choice, integer, number, socket
+from .declare import Node, Output, boolean, choice, integer, number, socket, text
 
 GROUP = "inversion"
 
@@ -71,3 +71,65 @@ class RectiflowNoiseFromLatent(Node):
         from ..samplers.inversion import LatentNoise
 
         return (LatentNoise(model.get_model_object("process_latent_in")(latent["samples"]), sigma_start),)
+
+
+class RectiflowFlowInvert(Node):
+    """Inverts a picture in one node, and keeps what RF-Edit needs of its last steps. cfg 1, no noise; masks are left out."""
+
+    TITLE = "Flow Invert"
+    GROUP = GROUP
+    SEARCH_ALIASES = ["unsampler", "inversion", "rf-edit", "feature sharing"]
+    INPUTS = (
+        socket("model", "MODEL", "A flow model."),
+        socket("source", "CONDITIONING", "What the picture shows; an empty prompt for a change of style. One prompt, not combined."),
+        socket("latent", "LATENT", "The encoded picture."),
+        socket("sigmas", "SIGMAS", "The schedule of the edit, falling; it is walked upwards."),
+        choice("solver", ("rf_solver", "euler", "fireflow", "uni_inv", "heun", "fixed_point"),
+            "Model calls a step: rf_solver 2, heun 2, fireflow and uni_inv 1 (one more a run), euler 1, fixed_point 3.",
+        ),
+        integer("save_steps", 0, 0, 1000, "Features are kept over this many last steps, those nearest noise. 0 keeps none."),
+        text("blocks", "single:20-37",
+            "Blocks whose features are kept, such as single:20-37, double:0-3. single: all of them; single:3-: to the last.",
+        ),
+        choice("store", ("cpu", "device"), "Where features are kept between inversion and edit.", optional=True, advanced=True),
+        number("max_gib", 8.0, 0.0, 1024.0,
+            "At most this much memory for features; the others are made again while editing, at one model call each.",
+            step=0.25, optional=True, advanced=True,
+        ),
+    )
+    OUTPUTS = (
+        Output("LATENT", "inverted", "The state at the last sigma."),
+        Output("FLOW_FEATURES", "features", "For RF-Edit Sampler."),
+        Output("FLOAT", "consistency", "Distance (RMSE) of the picture that the last steps point at from the given one, in latent units."),
+    )
+
+    def run(self, model, source, latent, sigmas, solver, save_steps, blocks, store="cpu", max_gib=8.0):
+        import torch
+
+        from ..host import fix_empty_latent_channels, prepare_callback, sample_custom
+        from ..samplers.feature_sharing import FeatureBank, RecordPlan
+        from ..samplers.inversion import InvertSampler, inversion_sigmas
+
+        picture = fix_empty_latent_channels(model, latent["samples"])
+        rising = inversion_sigmas(sigmas, where=self.TITLE)
+        bank = FeatureBank(RecordPlan(save_steps, blocks, store, int(max_gib * 2**30)), solver)
+        sampler = InvertSampler(solver, watch=bank.watch if save_steps else None)
+        preview = prepare_callback(model, len(rising) - 1)
+        pointed_at = []
+
+        def callback(step, denoised, x, total):
+            pointed_at[:] = [denoised]
+            preview(step, denoised, x, total)
+
+        bank.sigmas = rising
+        try:
+            inverted = sample_custom(
+                model, torch.zeros_like(picture), 1.0, sampler, rising, source, source, picture, callback=callback, disable_pbar=True, seed=0
+            )
+        except BaseException:
+            bank.release()
+            raise
+        given = model.get_model_object("process_latent_in")(picture.float())
+        consistency = float((pointed_at[0].float().cpu() - given.cpu()).square().mean().sqrt())
+        others = {key: value for key, value in latent.items() if key != "noise_mask"}
+        return ({**others, "samples": inverted}, bank, consistency)

@@ -102,17 +102,19 @@ class InvertSampler:
     """The SAMPLER of an inversion: owns its scaling, leaves masks out, refuses a falling schedule.
 
     The run starts at sigmas[0] from (1 − sigma)·latent, plus sigma·noise when `floor_noise`, and returns the state at sigmas[-1] as it
-    is: no division by 1 − sigma, so sigma 1 is an ordinary end.
+    is: no division by 1 − sigma, so sigma 1 is an ordinary end. `watch(model, sigmas)` may put a model of its own between solver and
+    guider, as the recording of features does.
     """
 
     inpaint_options = MappingProxyType({})
 
-    def __init__(self, solver: str, options: dict[str, Any] | None = None, floor_noise: bool = False):
+    def __init__(self, solver: str, options: dict[str, Any] | None = None, floor_noise: bool = False, watch=None):
         if solver not in INVERTERS:
             raise input_error("FlowInvertSampler", "solver", solver, ", ".join(INVERTERS), "Pick one of them.")
         self.sampler_function = INVERTERS[solver]
         self.extra_options = dict(options or {})
         self.floor_noise = floor_noise
+        self.watch = watch
 
     def max_denoise(self, guider, sigmas) -> bool:
         return False
@@ -127,6 +129,8 @@ class InvertSampler:
         start = sigmas[0]
         x = (1 - start) * latent_image + (start * noise if self.floor_noise else 0)
         model = GuiderModel(guider, sigmas, noise, latent_image)
+        if self.watch is not None:
+            model = self.watch(model, sigmas)
         arguments = {key: value for key, value in extra_args.items() if key != "denoise_mask"}
         report = report_steps(callback, len(sigmas) - 1)
         return self.sampler_function(model, x, sigmas, extra_args=arguments, callback=report, disable=disable_pbar, **self.extra_options)

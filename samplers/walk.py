@@ -57,7 +57,8 @@ class Walk:
     The schedule stays on the CPU: its scalars enter device kernels without a synchronisation.
 
     Args:
-        model: `denoised = model(x, sigma_of_each_row, **extra_args)`.
+        model: `denoised = model(x, sigma_of_each_row, **extra_args)`. Where it has a method `before_evaluation(step, stage)` it is told
+            which interval is walked and whether it is asked at the "first", a "mid" or the "last" sigma of it.
         x: the starting state, `(b, …)`, of any rank.
         sigmas: `(n + 1,)`.
         callback: called once a step with ComfyUI's dictionary x, i, sigma, sigma_hat, denoised; what it raises (an interrupt)
@@ -78,12 +79,15 @@ class Walk:
         self.index = 0
         self._reported = -1
         self._rows = x.new_ones([x.shape[0]])
+        self._ends = (0.0, 0.0)
+        self._announce = getattr(model, "before_evaluation", None)
         mask = self.extra_args.get("denoise_mask")
         self._known = None if mask is None else mask == 0
 
     def __iter__(self) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
         for index in _progress(range(max(len(self.sigmas) - 1, 0)), self.disable):
             self.index = index
+            self._ends = (float(self.sigmas[index]), float(self.sigmas[index + 1]))
             yield self.sigmas[index], self.sigmas[index + 1]
 
     def reached(self, sigma: float) -> None:
@@ -109,6 +113,9 @@ class Walk:
             sigma: a scalar tensor in [0, 1].
             first: the velocity of the step's first stage; known pixels of an inpaint mask keep it.
         """
+        if self._announce is not None:
+            start, end = self._ends
+            self._announce(self.index, "first" if sigma == start else "last" if sigma == end else "mid")
         if float(sigma) == 0:
             floor = sigma_floor(x.dtype)
             x, sigma = x * (1 - floor), torch.tensor(floor, dtype=self.sigmas.dtype)
