@@ -34,14 +34,14 @@ class CacheSettings:
 
     def __post_init__(self) -> None:
         if self.mode not in ("classic", "lru", "none") or self.size < 0:
-            raise ValueError(f"cache settings {self.mode!r}, {self.size}; allowed: classic, lru with a size of 0 or more, none")
+            raise ValueError(f"cache mode {self.mode!r} of size {self.size}; allowed: classic, none, lru:N with N of 0 or more")
 
     @classmethod
     def parse(cls, text: str) -> CacheSettings:
         """From "classic", "none" or "lru:100"."""
         mode, _, size = text.partition(":")
         if size and not (mode == "lru" and size.isascii() and size.isdigit()):
-            raise ValueError(f"cache mode {text!r}; allowed: classic, none, lru:N")
+            raise ValueError(f"cache mode {text!r}; allowed: classic, none, lru:N with N of 0 or more")
         return cls(mode, int(size or 0))
 
 

@@ -232,9 +232,14 @@ class _Checker:
                 path[source] = iter(self._sources(source))
 
     def _mark_cycle(self, cycle: list[str]) -> None:
-        way = " -> ".join(f"{node_id} ({self.prompt[node_id]['class_type']})" for node_id in [*cycle, cycle[0]])
+        """Every node on it gets the error; of a long one only the start is told, or the answer would grow with its square."""
+        shown = cycle[:LONGEST_LIST_SHOWN]
+        steps = [f"{node_id} ({self.prompt[node_id]['class_type']})" for node_id in [*shown, cycle[0]]]
+        if len(shown) < len(cycle):
+            steps.insert(-1, "…")
+        way = " -> ".join(steps)
         for node_id in cycle:
-            extra = {"node_id": node_id, "cycle_nodes": cycle}
+            extra = {"node_id": node_id, "cycle_nodes": shown}
             self.cycles.setdefault(node_id, _error("dependency_cycle", "Dependency cycle detected", way, **extra))
 
     async def _visit(self, root: str) -> None:
