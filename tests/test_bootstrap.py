@@ -148,7 +148,7 @@ def test_an_old_python_is_told_so(monkeypatch, tmp_path):
 
 def test_a_python_without_venv_is_told_what_to_install(monkeypatch, tmp_path):
     bootstrap = script()
-    monkeypatch.setattr(bootstrap.importlib.util, "find_spec", lambda name: None if name == "ensurepip" else object())
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None if name == "ensurepip" else object())
     monkeypatch.setattr(bootstrap, "VENV", str(tmp_path / ".venv"))
     with pytest.raises(SystemExit, match="apt install python3-venv"):
         bootstrap.make_venv()
