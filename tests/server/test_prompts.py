@@ -51,14 +51,17 @@ def test_answer_history_and_queue_have_comfyuis_shape(server):
 @pytest.mark.parametrize(
     ("body", "kind"),
     [
-        (b"{", "invalid_json"), (b"\xff", "invalid_json"), (b"[" * 200000, "invalid_json"), (b'{"number": ' + b"9" * 5000 + b"}", "invalid_json"),
-        (b"[]", "invalid_json"), (b"", "invalid_json"), ({}, "no_prompt"), ({"prompt": None}, "no_prompt"), ({"prompt": {}}, "prompt_no_outputs"),
+        (b"{", "invalid_json"), (b"\xff", "invalid_json"), (b"[" * 200000, "invalid_json"),
+        (b'{"number": ' + b"9" * 5000 + b"}", "invalid_json"),
+        (b"[]", "invalid_json"), (b"", "invalid_json"), ({}, "no_prompt"), ({"prompt": None}, "no_prompt"),
+        ({"prompt": {}}, "prompt_no_outputs"),
         ({"prompt": show(), "number": "x"}, "invalid_number"), (b'{"prompt": {}, "number": NaN}', "invalid_number"),
         (b'{"prompt": {}, "number": 1e999}', "invalid_number"), ({"prompt": show(), "number": True}, "invalid_number"),
         ({"prompt": show(), "number": 10**400}, "invalid_number"), ({"prompt": show(), "prompt_id": 5}, "invalid_prompt_id"),
         ({"prompt": show(), "prompt_id": ""}, "invalid_prompt_id"), ({"prompt": show(), "prompt_id": "x" * 201}, "invalid_prompt_id"),
         ({"prompt": show(), "extra_data": []}, "invalid_extra_data"), ({"prompt": show(), "client_id": 1}, "invalid_client_id"),
-        ({"prompt": show(), "partial_execution_targets": "1"}, "invalid_targets"), ({"prompt": show(), "partial_execution_targets": []}, "prompt_no_outputs"),
+        ({"prompt": show(), "partial_execution_targets": "1"}, "invalid_targets"),
+        ({"prompt": show(), "partial_execution_targets": []}, "prompt_no_outputs"),
     ],
 )  # fmt: skip
 def test_refusals_are_typed(server, body, kind):

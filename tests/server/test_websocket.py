@@ -69,7 +69,8 @@ def test_previews_with_and_without_metadata(server):
     kind, length = struct.unpack(">II", detailed[0][:8])
     place = json.loads(detailed[0][8 : 8 + length])
     assert kind == 4 and place == {
-        "node_id": "1", "display_node_id": "1", "parent_node_id": None, "real_node_id": "1", "prompt_id": second, "image_type": "image/jpeg",
+        "node_id": "1", "display_node_id": "1", "parent_node_id": None, "real_node_id": "1", "prompt_id": second,
+        "image_type": "image/jpeg",
     }  # fmt: skip
     assert Image.open(BytesIO(detailed[0][8 + length :])).format == "JPEG"
 
@@ -106,7 +107,7 @@ def test_progress_of_the_versioned_api_carries_a_preview(server):
 def test_a_page_that_comes_back_is_told_where_its_prompt_is(server):
     with server.listen("returning") as listener:
         prompt_id = server.queue(steps(1000, 0.01, preview=False), client_id="returning")
-        while (message := listener.receive())["type"] != "progress":
+        while listener.receive()["type"] != "progress":
             pass
     with server.listen("returning") as listener:
         assert listener.receive()["type"] == "status"

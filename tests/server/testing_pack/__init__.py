@@ -6,7 +6,6 @@ import time
 import comfy.model_management
 import comfy.samplers
 import folder_paths
-import nodes
 import torch
 from aiohttp import web
 from comfy.comfy_types import IO, ComfyNodeABC, InputTypeDict
@@ -16,6 +15,8 @@ from comfy_execution.graph import ExecutionBlocker
 from comfy_execution.graph_utils import GraphBuilder, is_link
 from PIL import Image
 from server import PromptServer
+
+import nodes
 
 WEB_DIRECTORY = "./web"
 
