@@ -62,8 +62,11 @@ def test_packs_bring_scripts_help_templates_and_translations(server):
 @pytest.mark.parametrize(
     "path",
     ["/extensions/testing_pack/../__init__.py", "/extensions/testing_pack/%2e%2e/__init__.py", "/%2e%2e/%2e%2e/etc/passwd",
-     "/..%2f..%2fetc/passwd", "/api/workflow_templates/testing_pack/..%2F__init__.py", "/extensions/unknown/x.js", "/nothing", "/api/nothing", "/assets",
-     "/templates/x.webp", "/models/unknown", "/experiment/models/unknown", "/experiment/models/preview/loras/0/..%2fx", "/experiment/models/preview/loras/999/x",
+     "/..%2f..%2fetc/passwd", "/api/workflow_templates/testing_pack/..%2F__init__.py", "/extensions/unknown/x.js",
+     "/nothing", "/api/nothing", "/assets",
+     "/templates/x.webp", "/models/unknown",
+     "/experiment/models/unknown", "/experiment/models/preview/loras/0/..%2fx",
+     "/experiment/models/preview/loras/999/x",
      "/view_metadata/loras?filename=..%2fx.safetensors", "/view_metadata/loras"],
 )  # fmt: skip
 def test_unknown_and_escaping_paths_are_404_without_a_body(server, path):
