@@ -196,10 +196,8 @@ def run_graph(
         RunInterrupted: `host.interrupt` was set.
         KeyboardInterrupt: Ctrl-C; the run stops at the node's next step, a second one at once.
     """
-    import asyncio
-
     from .execution.caching import CacheSettings
-    from .execution.executor import PromptExecutor
+    from .execution.executor import PromptExecutor, run_to_end
     from .execution.graph_files import load_graph
     from .execution.validation import validate_prompt
 
@@ -208,7 +206,7 @@ def run_graph(
     with use_host(host):
         loaded = load_graph(graph, host.registry)
         targets = None if targets is None else list(targets)
-        checked = asyncio.run(validate_prompt(host.registry, loaded.prompt, targets, prompt_id))
+        checked = run_to_end(validate_prompt(host.registry, loaded.prompt, targets, prompt_id))
         if not checked.valid or checked.node_errors:
             raise PromptError(checked.error or {"message": "Prompt outputs failed validation"}, checked.node_errors)
         if executor is None:

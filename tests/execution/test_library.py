@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 import os
 import signal
@@ -142,6 +143,14 @@ def test_ctrl_c_stops_the_run_and_the_handler_is_given_back(host):
         run_graph(graph(w=("Wait", {"value": 1, "seconds": 10.0}), out=("Show", {"value": "w.0"})), host)
     assert signal.getsignal(signal.SIGINT) is before
     assert run_graph(graph(out=("Show", {"value": 1})), host).outputs["out"] == {"value": [1]}
+
+
+def test_a_notebook_with_a_running_loop_can_run_graphs(host):
+    async def cell():
+        with use_host(host):
+            return run_graph(graph(w=("Wait", {"value": 1, "seconds": 0.01}), out=("Show", {"value": "w.0"})))
+
+    assert asyncio.run(cell()).outputs["out"] == {"value": [1]}
 
 
 def test_two_hosts_live_side_by_side(host, tmp_path):

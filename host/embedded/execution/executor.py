@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import asyncio
+import contextvars
 import logging
 import time
 import traceback
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Coroutine, Iterable, Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, TypeVar
 
 from ..context import Host, use_host
 from .caching import CacheSettings, make_cache
@@ -16,8 +18,9 @@ from .progress import current_progress
 from .run import NodeFailure, NodeObjects, PromptRun
 from .validation import full_type_name
 
-__all__ = ["PromptExecutor", "Send"]
+__all__ = ["PromptExecutor", "Send", "run_to_end"]
 
+T = TypeVar("T")
 Send = Callable[[str, dict[str, Any], "str | None"], None]
 
 OUT_OF_MEMORY_TIP = (
@@ -71,8 +74,8 @@ class PromptExecutor:
     def execute(
         self, prompt: dict[str, dict], prompt_id: str, extra_data: Mapping[str, Any] | None = None, execute_outputs: Iterable[str] = ()
     ) -> dict[str, Any]:
-        """`execute_async` from a thread without an event loop."""
-        return asyncio.run(self.execute_async(prompt, prompt_id, extra_data, execute_outputs))
+        """`execute_async`, waited for."""
+        return run_to_end(self.execute_async(prompt, prompt_id, extra_data, execute_outputs))
 
     async def execute_async(
         self, prompt: dict[str, dict], prompt_id: str, extra_data: Mapping[str, Any] | None = None, execute_outputs: Iterable[str] = ()
@@ -172,6 +175,16 @@ class PromptExecutor:
             "current_outputs": list(run.dynprompt.original_prompt),
         }
         self._message("execution_error", place | details)
+
+
+def run_to_end(coroutine: Coroutine[Any, Any, T]) -> T:
+    """`asyncio.run`, also from inside a running event loop (a notebook): then on a thread of its own, in the caller's context."""
+    try:
+        asyncio.get_running_loop()
+    except RuntimeError:
+        return asyncio.run(coroutine)
+    with ThreadPoolExecutor(1) as thread:
+        return thread.submit(contextvars.copy_context().run, asyncio.run, coroutine).result()
 
 
 def _plain(value: Any) -> Any:
