@@ -43,7 +43,7 @@ class ServerProcess:
         self.port = 0
         self.log = folder / "log.txt"
         folder.mkdir(parents=True, exist_ok=True)
-        command = [sys.executable, "-m", "rectiflow.host.embedded.server", "--cpu", "--port", "0", "--base-directory", str(folder)]
+        command = [sys.executable, "-m", "rectiflow", "serve", "--cpu", "--port", "0", "--base-directory", str(folder)]
         if pack is not None:
             packs = folder / "named_by_yaml"
             packs.mkdir(exist_ok=True)

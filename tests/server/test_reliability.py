@@ -176,7 +176,7 @@ def test_start_up_says_what_is_wrong(tmp_path, server):
     import sys
 
     def start(*flags: str) -> subprocess.CompletedProcess:
-        command = [sys.executable, "-m", "rectiflow.host.embedded.server", "--cpu", "--base-directory", str(tmp_path), *flags]
+        command = [sys.executable, "-m", "rectiflow", "serve", "--cpu", "--base-directory", str(tmp_path), *flags]
         return subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=60)
 
     taken = start("--port", str(server.port))

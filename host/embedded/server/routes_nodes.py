@@ -18,7 +18,7 @@ from .. import model_management
 from ..folder_paths import FolderPaths, filter_files_content_types, map_legacy, supported_pt_extensions
 from ..safe_files import UnsafePathError, checked_path
 from .files import packaged_file
-from .front_end import COMFYUI_VERSION, front_end_version
+from .front_end import COMFYUI_VERSION, OLDEST_FRONT_END
 from .json_text import dumps
 from .packs import example_files, example_workflows, global_subgraphs, read_translations
 from .state import Server, json_answer, server_of, text_answer
@@ -170,7 +170,7 @@ def _system_stats(server: Server) -> dict[str, Any]:
             "ram_total": memory.total(cpu),
             "ram_free": memory.free(cpu),
             "comfyui_version": COMFYUI_VERSION,
-            "required_frontend_version": front_end_version(),
+            "required_frontend_version": OLDEST_FRONT_END,
             "installed_templates_version": None,
             "required_templates_version": None,
             "python_version": sys.version,

@@ -7,7 +7,7 @@ __all__ = ["FORWARDS", "PACKAGES"]
 # Names that have modules below them.
 PACKAGES = frozenset(
     {
-        "comfy", "comfy.comfy_types", "comfy.k_diffusion", "comfy.ldm", "comfy.ldm.modules", "comfy.ldm.flux", "comfy.ldm.lumina",
+        "comfy", "comfy.comfy_types", "comfy.k_diffusion", "comfy.ldm", "comfy.ldm.modules", "comfy.ldm.modules.diffusionmodules", "comfy.ldm.flux", "comfy.ldm.lumina",
         "comfy_execution", "comfy_api", "comfy_api.v0_0_2", "comfy_api.latest", "comfy_extras",
     }
 )  # fmt: skip
@@ -33,7 +33,7 @@ FORWARDS: dict[str, tuple[str, ...]] = {
     "comfy.ldm.flux.model": (".ldm.flux",),
     "comfy.ldm.lumina.model": (".ldm.lumina2",),
     "comfy.ldm.modules.attention": (".ldm.attention",),
-    "comfy.ldm.modules.diffusionmodules": (".ldm.mmdit",),
+    "comfy.ldm.modules.diffusionmodules.mmdit": (".ldm.mmdit",),
     "comfy.lora": (".lora",),
     "comfy.model_base": (".model_base",),
     "comfy.model_detection": (".model_detection",),
