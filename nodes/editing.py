@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from .declare import Node, Output, choice, integer, number, socket
+from .declare import Node, Output, boolean, choice, integer, number, seed_input, socket
 
 GROUP = "editing"
 _SAMPLER = Output("SAMPLER", "sampler", "For SamplerCustom or SamplerCustomAdvanced.")
@@ -37,3 +37,120 @@ class RectiflowRFEditSampler(Node):
         plan = ReplayPlan(inject_steps, match, tokens, rows, strength)
         options = {"bank": features, "plan": plan, "calc_cond_batch": calc_cond_batch}
         return (FlowSampler(KSAMPLER(sample_rf_edit, options), start_from),)
+
+
+class RectiflowSourceTargetGuider(Node):
+    """Knows what a picture shows and what it shall show; FlowEdit and Uni-Edit ask it for both. Other samplers see the target prompt."""
+
+    TITLE = "Source Target Guider"
+    GROUP = GROUP
+    SEARCH_ALIASES = ["flowedit guider", "dual prompt", "edit guider"]
+    INPUTS = (
+        socket("model", "MODEL", "The model that edits."),
+        socket("source", "CONDITIONING", "What the picture shows."),
+        socket("target", "CONDITIONING", "What it shall show."),
+        socket("negative", "CONDITIONING", "The empty prompt, or what to avoid, for both sides. Not asked where a cfg is 1."),
+        number("cfg_source", 1.5, 0.0, 100.0, "Guidance of the source side.", step=0.1),
+        number("cfg_target", 5.5, 0.0, 100.0,
+            "Guidance of the target side. Too low: little changes. Too high: hard edges, burnt colours.", step=0.1,
+        ),
+        socket("source_negative", "CONDITIONING", "Another negative prompt for the source side.", optional=True),
+    )
+    OUTPUTS = (Output("GUIDER", "guider", "For SamplerCustomAdvanced."),)
+
+    def run(self, model, source, target, negative, cfg_source, cfg_target, source_negative=None):
+        from ..host import CFGGuider, calc_cond_batch, cfg_function
+        from ..samplers.source_target import source_target_guider
+
+        guider = source_target_guider(CFGGuider, model, (calc_cond_batch, cfg_function), cfg_source, cfg_target)
+        other = negative if source_negative is None else source_negative
+        guider.inner_set_conds({"positive": target, "negative": negative, "source": source, "source_negative": other})
+        return (guider,)
+
+
+class RectiflowFlowEditSampler(Node):
+    """Edits without inversion: the picture moves by the difference of what both prompts say. Needs a Source Target Guider."""
+
+    TITLE = "FlowEdit Sampler"
+    GROUP = GROUP
+    SEARCH_ALIASES = ["flow edit", "inversion free"]
+    INPUTS = (
+        integer("skip", 4, 0, 1000, "First steps that are left out. More keeps more of the picture; 0 lets everything change."),
+        integer("refine", 0, 0, 1000,
+            "Last steps that are plain steps of the target prompt. They sharpen, and let details go.", advanced=True,
+        ),
+        integer("n_avg", 1, 1, 8, "Noises over which each step is averaged; each costs two model calls."),
+        seed_input("Of the noise that both prompts share."),
+        boolean("batch_pairs", False, "Ask both prompts in one model call: faster on a large GPU, needs more memory.", advanced=True),
+    )
+    OUTPUTS = (_SAMPLER,)
+
+    def run(self, skip, refine, n_avg, seed, batch_pairs):
+        from ..samplers.flow_edit import FlowEditSampler
+
+        return (FlowEditSampler(skip, refine, n_avg, seed, batch_pairs),)
+
+
+class RectiflowUniEditSampler(Node):
+    """Inverts the lower part of the schedule and comes back with both prompts, led by the target where they differ."""
+
+    TITLE = "Uni-Edit Sampler"
+    GROUP = GROUP
+    SEARCH_ALIASES = ["uniedit", "uni-inv"]
+    INPUTS = (
+        number("alpha", 0.6, 0.0, 1.0, "Share of the schedule that is inverted. More lets more change; 0 returns the picture.", step=0.05),
+        number("omega", 5.0, 0.0, 20.0, "How hard the difference of the prompts is driven. Too high burns colours.", step=0.1),
+        socket("mask", "MASK", "Where the target leads, in place of the mask found from the difference.", optional=True),
+    )
+    OUTPUTS = (_SAMPLER,)
+
+    def run(self, alpha, omega, mask=None):
+        from ..samplers.uni_edit import UniEditSampler
+
+        return (UniEditSampler(alpha, omega, mask),)
+
+
+class RectiflowRFInversionForwardSampler(Node):
+    """RF-Inversion's way up: inversion drawn towards one noise. Rising sigmas, an empty prompt, cfg 1."""
+
+    TITLE = "RF-Inversion Forward Sampler"
+    GROUP = GROUP
+    SEARCH_ALIASES = ["controlled ode", "unsampler", "rf inversion"]
+    INPUTS = (
+        number("gamma", 0.5, 0.0, 1.0, "0 is Euler's inversion; 1 ends at the drawn noise and forgets the picture."),
+        seed_input("Of the noise that is led to."),
+    )
+    OUTPUTS = (_SAMPLER,)
+
+    def run(self, gamma, seed):
+        from ..samplers.inversion import InvertSampler
+        from ..samplers.rf_inversion import sample_rf_inversion_forward
+
+        return (InvertSampler(sample_rf_inversion_forward, {"gamma": gamma, "seed": seed}),)
+
+
+class RectiflowRFInversionReverseSampler(Node):
+    """RF-Inversion's way down: sampling under the new prompt, drawn back towards the source picture in a window of steps."""
+
+    TITLE = "RF-Inversion Reverse Sampler"
+    GROUP = GROUP
+    SEARCH_ALIASES = ["controlled ode", "rf inversion", "eta"]
+    INPUTS = (
+        socket("source", "LATENT", "The picture that was inverted."),
+        number("eta", 0.9, 0.0, 1.0, "Strength of the pull inside the window; 1 over all steps returns the picture."),
+        number("start_percent", 0.0, 0.0, 1.0, "Where the window starts, as a share of the steps."),
+        number("end_percent", 0.25, 0.0, 1.0, "Where it ends. Later keeps more of the picture."),
+        choice("trend", ("constant", "linear_up", "linear_down"), "How eta goes inside the window.", advanced=True),
+        choice("start_from", ("latent", "noise"),
+            "latent: the inverted latent is the sampler's latent. noise: it comes as NOISE through Noise from Latent.", optional=True,
+        ),
+    )
+    OUTPUTS = (_SAMPLER,)
+
+    def run(self, source, eta, start_percent, end_percent, trend, start_from="latent"):
+        from ..host import KSAMPLER
+        from ..samplers.rf_inversion import sample_rf_inversion_reverse
+        from ..samplers.sampler_object import FlowSampler
+
+        options = {"source": source["samples"], "eta": eta, "start": start_percent, "end": end_percent, "trend": trend}
+        return (FlowSampler(KSAMPLER(sample_rf_inversion_reverse, options), start_from),)

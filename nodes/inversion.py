@@ -124,7 +124,8 @@ class RectiflowFlowInvert(Node):
         bank.sigmas = rising
         try:
             inverted = sample_custom(
-                model, torch.zeros_like(picture), 1.0, sampler, rising, source, source, picture, callback=callback, disable_pbar=True, seed=0
+                model, torch.zeros_like(picture), 1.0, sampler, rising, source, source, picture,
+                callback=callback, disable_pbar=True, seed=0,
             )
         except BaseException:
             bank.release()

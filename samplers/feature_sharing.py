@@ -117,12 +117,12 @@ class FeatureBank:
         v = visit.v[mine[0]]
         self.text, self.axis = visit.text, visit.axis
         if not self._expected:
-            self._expected = self._state_memory(v)
+            self._expected = self._announce_memory(v)
         if self.nbytes + v.nbytes <= self.plan.cap:
             device = torch.device("cpu") if self.plan.store == "cpu" else v.device
             self.values.setdefault(place, {})[visit.key] = v.detach().to(device, copy=True)
 
-    def _state_memory(self, v: torch.Tensor) -> int:
+    def _announce_memory(self, v: torch.Tensor) -> int:
         """Say before the first tensor is kept what all of them take."""
         per_step = 2 if self.solver in ("rf_solver", "heun") else 1
         expected = v.nbytes * len(self.blocks) * self.plan.save_steps * per_step
@@ -167,7 +167,7 @@ class FeatureBank:
         kept = next(iter(self.states.values()))[0].shape
         if kept[1:] != shape[1:] or kept[0] not in (1, batch):
             allowed = f"{tuple(kept)}, or any batch of it where one picture was inverted"
-            raise input_error(REPLAYER, "latent", tuple(shape), allowed, "Edit at the size that was inverted, with its batch or from one picture.")
+            raise input_error(REPLAYER, "latent", tuple(shape), allowed, "Edit at the size and batch that were inverted.")
 
 
 class _Passing:

@@ -9,6 +9,7 @@ and FireFlow's is second order.
 from __future__ import annotations
 
 import logging
+from collections.abc import Callable
 from types import MappingProxyType
 from typing import Any
 
@@ -108,10 +109,10 @@ class InvertSampler:
 
     inpaint_options = MappingProxyType({})
 
-    def __init__(self, solver: str, options: dict[str, Any] | None = None, floor_noise: bool = False, watch=None):
-        if solver not in INVERTERS:
+    def __init__(self, solver: str | Callable, options: dict[str, Any] | None = None, floor_noise: bool = False, watch=None):
+        if not callable(solver) and solver not in INVERTERS:
             raise input_error("FlowInvertSampler", "solver", solver, ", ".join(INVERTERS), "Pick one of them.")
-        self.sampler_function = INVERTERS[solver]
+        self.sampler_function = solver if callable(solver) else INVERTERS[solver]
         self.extra_options = dict(options or {})
         self.floor_noise = floor_noise
         self.watch = watch
