@@ -167,6 +167,8 @@ def test_torch_is_the_only_hard_import_of_the_algorithms():
 def test_nothing_is_evaluated_or_unpickled():
     findings = []
     for source in EVERY_FILE:
+        if source.room == "tests":  # what a test may do there, lint says
+            continue
         findings += [f"{source.name}:{line} imports {name}" for line, _, name in source.imports() if name.split(".")[0] in NEVER_IMPORTED]
         for node in ast.walk(source.tree):
             if not isinstance(node, ast.Call):
