@@ -139,6 +139,22 @@ def test_an_error_keeps_nothing_alive():
     assert Tracked.alive == 0
 
 
+def test_results_go_with_their_executor_at_once():
+    """No circle: a large model is free when its executor is dropped, not when Python next looks for circles."""
+    gc.collect()
+    gc.disable()
+    try:
+        toy = ToyHost(MakeTracked=MakeTracked)
+        Tracked.alive = 0
+        toy.run(graph(m=("MakeTracked", {"value": 0}), g=("Gate", {"value": "m.0", "block": True}), out=("Show", {"value": "g.0"})))
+        assert Tracked.alive == 1
+        toy.log.clear()
+        del toy.executor
+        assert Tracked.alive == 0
+    finally:
+        gc.enable()
+
+
 def changing(token) -> type:
     class Changing:
         RETURN_TYPES, FUNCTION, CATEGORY = ("INT",), "go", "toy"

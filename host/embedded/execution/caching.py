@@ -96,7 +96,7 @@ def _comparable(value: Any) -> Any:
 class SignatureKeys:
     """Signatures of the nodes of one run."""
 
-    def __init__(self, signatures: Signatures, dynprompt: DynamicPrompt, faces: Faces, change_token: ChangeToken):
+    def __init__(self, signatures: Signatures, dynprompt: DynamicPrompt, faces: Faces, change_token: ChangeToken | None):
         self._signatures = signatures
         self._dynprompt = dynprompt
         self._faces = faces
@@ -105,6 +105,10 @@ class SignatureKeys:
 
     def __getitem__(self, node_id: str) -> Signature | None:
         return self._keys.get(node_id)
+
+    def close(self) -> None:
+        """Let go of the run, which holds the cache that holds this: a circle would keep its results until a collection."""
+        self._change_token = None
 
     async def add(self, node_ids: Iterable[str]) -> list[Signature]:
         """Make the signatures of these nodes, their ancestors first. A link into nothing or around a circle never equals anything."""
@@ -244,6 +248,8 @@ class ResultCache:
         """The run is over; half-made entries (an expansion that failed) go."""
         for key in [key for key, entry in self._entries.items() if entry.outputs is None]:
             del self._entries[key]
+        if self._keys is not None:
+            self._keys.close()
 
     def _mention(self, keys: Iterable[Signature]) -> None:
         for key in keys:
