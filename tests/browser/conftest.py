@@ -3,17 +3,13 @@
 from __future__ import annotations
 
 import os
-import sys
 from pathlib import Path
 
 import pytest
+from rectiflow.tests.browser.devtools import Browser, find_chromium
+from rectiflow.tests.server.process import ServerProcess
 
 HERE = Path(__file__).parent
-sys.path += [str(HERE), str(HERE.parent / "server")]
-
-from devtools import Browser, find_chromium  # noqa: E402
-from process import ServerProcess  # noqa: E402
-
 SCREENSHOTS = HERE.parent / "screenshots"
 OLD = "1.27.10"
 INSTALL_CHROMIUM = "Chromium is not installed: apt-get install chromium, or name an executable in CHROMIUM"

@@ -2,14 +2,8 @@
 
 from __future__ import annotations
 
-import sys
-from pathlib import Path
-
 import pytest
-
-sys.path.append(str(Path(__file__).parent))
-
-from process import ServerProcess  # noqa: E402
+from rectiflow.tests.server.process import ServerProcess
 
 
 @pytest.fixture(scope="session")

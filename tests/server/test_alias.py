@@ -42,9 +42,10 @@ def test_the_objects_are_the_hosts_own(alias, embedded_host):
     import comfy.samplers
     import comfy.utils
     import folder_paths
-    import nodes
     from comfy.patcher_extension import WrappersMP
     from comfy.utils import ProgressBar
+
+    import nodes
 
     assert ProgressBar is utils.ProgressBar and comfy.utils.ProgressBar is utils.ProgressBar
     assert comfy.samplers.KSampler is samplers.KSampler and WrappersMP.OUTER_SAMPLE == "outer_sample"

@@ -8,10 +8,10 @@ from io import BytesIO
 from urllib.parse import quote
 
 import pytest
-from graphs import picture
 from PIL import Image
 from PIL.PngImagePlugin import PngInfo
-from process import ServerProcess
+from rectiflow.tests.server.graphs import picture
+from rectiflow.tests.server.process import ServerProcess
 
 
 def png(colour=(255, 0, 0, 128), size=(8, 6), **texts: str) -> bytes:

@@ -13,8 +13,8 @@ import uuid
 from io import BytesIO
 
 import pytest
-from graphs import node, picture
 from PIL import Image
+from rectiflow.tests.server.graphs import node, picture
 
 OWN_OUTPUT = {"1": node("SolidMask", value=0.5, width=32, height=32), "2": node("MaskToImage", mask=["1", 0])}
 
@@ -102,7 +102,8 @@ import {{ Client, Workflow }} from '@stable-canvas/comfyui-client'
 import WebSocket from 'ws'
 const client = new Client({{ api_host: '127.0.0.1:{port}', WebSocket, fetch: globalThis.fetch }})
 await client.connect()
-for (const name of ['getExtensions', 'getEmbeddings', 'getNodeDefs', 'getQueue', 'getHistory', 'getSystemStats', 'getUserConfig', 'getSettings']) await client[name]()
+const routes = ['getExtensions', 'getEmbeddings', 'getNodeDefs', 'getQueue', 'getHistory', 'getSystemStats', 'getUserConfig', 'getSettings']
+for (const name of routes) await client[name]()
 const workflow = new Workflow()
 const nodes = workflow.classes
 const [mask] = nodes.SolidMask({{ value: 0.5, width: 32, height: 32 }})

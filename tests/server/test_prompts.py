@@ -7,7 +7,7 @@ import time
 import uuid
 
 import pytest
-from graphs import fail, node, picture, show, steps
+from rectiflow.tests.server.graphs import fail, node, picture, show, steps
 
 SLOW = {"1": node("TestingSteps", steps=2000, seconds=0.01, preview=False), "2": node("PreviewImage", images=["1", 0])}
 

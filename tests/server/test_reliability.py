@@ -12,9 +12,9 @@ import time
 from pathlib import Path
 
 import pytest
-from graphs import node, picture, show, steps
 from PIL import Image
-from process import ServerProcess
+from rectiflow.tests.server.graphs import node, picture, show, steps
+from rectiflow.tests.server.process import ServerProcess
 
 MUTATIONS = 2000
 SOCKETS = 1000
@@ -29,8 +29,9 @@ BASE = {
     "5": node("TestingShow", value=7, name="b"),
 }
 STRANGE = (
-    None, True, -1, 0, 2**63, -(10**300), 1e308, -0.0, "", "\x00", "\ud800", "’𝕏🙂", "a" * 5000, [], {}, [[]], ["1"], ["1", 0, 0], ["1", 1.5],
-    ["1", -1], ["1", 10**30], ["9", 0], [1, 0], [None, 0], {"__value__": [1]}, {"a": {"b": [{}]}}, ["3", 0], "NaN", "../x", [["1", 0]],
+    None, True, -1, 0, 2**63, -(10**300), 1e308, -0.0, "", "\x00", "\ud800", "’𝕏🙂", "a" * 5000, [], {}, [[]], ["1"], ["1", 0, 0],
+    ["1", 1.5], ["1", -1], ["1", 10**30], ["9", 0], [1, 0], [None, 0], {"__value__": [1]}, {"a": {"b": [{}]}}, ["3", 0], "NaN",
+    "../x", [["1", 0]],
 )  # fmt: skip
 
 

@@ -5,8 +5,8 @@ from __future__ import annotations
 import socket
 
 import pytest
-from graphs import show
-from process import ServerProcess
+from rectiflow.tests.server.graphs import show
+from rectiflow.tests.server.process import ServerProcess
 
 
 def local(server, **headers: str):

@@ -8,8 +8,8 @@ import struct
 import time
 from io import BytesIO
 
-from graphs import fail, node, show, steps
 from PIL import Image
+from rectiflow.tests.server.graphs import fail, node, show, steps
 
 
 def kinds(messages) -> list[str]:

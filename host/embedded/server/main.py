@@ -156,8 +156,14 @@ def _listening_sockets(options: ServerOptions) -> list[socket.socket]:
     port = options.port
     try:
         for address in options.listen:
-            family, kind, protocol, _, place = socket.getaddrinfo(address, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)[0]
-            listener = socket.socket(family, kind, protocol)
+            try:
+                family, kind, protocol, _, place = socket.getaddrinfo(address, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)[0]
+                listener = socket.socket(family, kind, protocol)
+            except OSError as error:
+                if address == "::" and sockets:  # "every interface" on a machine without IPv6
+                    logging.warning("Not listening on IPv6: %s", error)
+                    continue
+                raise OSError(f"cannot listen on {address}: {error}; give an address of this machine with --listen") from error
             sockets.append(listener)
             if os.name == "posix":
                 listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)

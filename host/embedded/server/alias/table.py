@@ -7,7 +7,8 @@ __all__ = ["FORWARDS", "PACKAGES"]
 # Names that have modules below them.
 PACKAGES = frozenset(
     {
-        "comfy", "comfy.comfy_types", "comfy.k_diffusion", "comfy.ldm", "comfy.ldm.modules", "comfy.ldm.modules.diffusionmodules", "comfy.ldm.flux", "comfy.ldm.lumina",
+        "comfy", "comfy.comfy_types", "comfy.k_diffusion", "comfy.ldm", "comfy.ldm.modules",
+        "comfy.ldm.modules.diffusionmodules", "comfy.ldm.flux", "comfy.ldm.lumina",
         "comfy_execution", "comfy_api", "comfy_api.v0_0_2", "comfy_api.latest", "comfy_extras",
     }
 )  # fmt: skip
