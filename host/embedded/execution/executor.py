@@ -109,6 +109,7 @@ class PromptExecutor:
             self._report(run, failure)
         finally:
             self._cache.finish()
+            run.progress.close()
             self.node_seconds = run.seconds
         return self._conclude(run)
 

@@ -66,6 +66,10 @@ class ProgressRegistry:
         self.nodes: dict[str, dict[str, Any]] = {}
         self._listener = listener
 
+    def close(self) -> None:
+        """Stop telling: the listener belongs to the run that holds this registry, a circle that would outlive the run."""
+        self._listener = None
+
     def start_progress(self, node_id: str) -> None:
         self._set(node_id, NodeState.RUNNING, 0.0, 1.0)
 
