@@ -13,10 +13,10 @@ import torch
 
 from ..errors import input_error
 
-__all__ = ["SideModel", "seeded_noise", "source_target_guider", "two_sided"]
+__all__ = ["SideModel", "SourceTarget", "seeded_noise", "source_target_guider", "two_sided"]
 
 
-class _SourceTarget:
+class SourceTarget:
     """The part of the guider that is ours; stands before the host's CFGGuider among the bases."""
 
     cfg_source = 1.0
@@ -70,7 +70,7 @@ def source_target_guider(cfg_guider: type, model: Any, host_calls: tuple[Callabl
     """A GUIDER for `model` with its own base class `cfg_guider`; set conditions with inner_set_conds: source, source_negative, positive
     and negative, the last two those of the target."""
 
-    class SourceTargetGuider(_SourceTarget, cfg_guider):
+    class SourceTargetGuider(SourceTarget, cfg_guider):
         pass
 
     guider = SourceTargetGuider(model)
@@ -82,7 +82,7 @@ def source_target_guider(cfg_guider: type, model: Any, host_calls: tuple[Callabl
 
 def two_sided(guider: Any, where: str) -> Any:
     """`guider`, or a NodeInputError when it knows one prompt only."""
-    if not isinstance(guider, _SourceTarget):
+    if not isinstance(guider, SourceTarget):
         remedy = "Put a Source Target Guider between the prompts and SamplerCustomAdvanced."
         raise input_error(where, "guider", type(guider).__name__, "a Source Target Guider", remedy)
     return guider
@@ -91,7 +91,7 @@ def two_sided(guider: Any, where: str) -> Any:
 class SideModel:
     """The source side of a guider as the model that solvers call."""
 
-    def __init__(self, guider: _SourceTarget):
+    def __init__(self, guider: SourceTarget):
         self.inner_model = guider
 
     def __call__(self, x, sigma, denoise_mask=None, model_options=None, seed=None):

@@ -7,16 +7,17 @@ from pathlib import Path
 import pytest
 import torch
 from rectiflow.errors import NodeInputError
-from rectiflow.nodes import inversion, samplers, schedules
+from rectiflow.nodes import editing, inversion, samplers, schedules
 from rectiflow.nodes.declare import Node
 from rectiflow.samplers.inversion import INVERTERS
 from rectiflow.samplers.model_shift import SCHEDULERS
 from rectiflow.samplers.registry import LAST_STEP, SOLVERS
+from rectiflow.samplers.rf_inversion import TRENDS
 from rectiflow.samplers.sampler_object import START_FROM
 from rectiflow.samplers.schedules import GRIDS
 
 NODES = [
-    value for module in (samplers, schedules, inversion) for value in vars(module).values()
+    value for module in (samplers, schedules, inversion, editing) for value in vars(module).values()
     if isinstance(value, type) and issubclass(value, Node) and value.TITLE and value.__module__ == module.__name__
 ]
 DOCS = Path(samplers.__file__).parent.parent / "web" / "docs"
@@ -49,6 +50,8 @@ def test_drop_downs_offer_what_the_room_has():
     assert tuple(inputs_of(samplers.RectiflowFlowODESampler)["last_step"][0]) == LAST_STEP
     assert tuple(inputs_of(samplers.RectiflowRFSolverSampler)["start_from"][0]) == START_FROM
     assert tuple(inputs_of(inversion.RectiflowFlowInvertSampler)["solver"][0]) == tuple(INVERTERS)
+    assert tuple(inputs_of(inversion.RectiflowFlowInvert)["solver"][0]) == tuple(INVERTERS)
+    assert tuple(inputs_of(editing.RectiflowRFInversionReverseSampler)["trend"][0]) == TRENDS
     assert tuple(inputs_of(schedules.RectiflowFlowShiftSigmas)["scheduler"][0]) == SCHEDULERS
     assert set(inputs_of(schedules.RectiflowFlowSchedule)["kind"][0]) == set(GRIDS)
 
