@@ -191,6 +191,7 @@ def run_graph(
         executor: reuse one to keep results between runs; its host and cache settings are the ones that count.
 
     Raises:
+        NodeInputError: the file or the object holds no graph.
         PromptError: the graph is not valid; nothing ran. A prompt of which only some outputs are valid counts as not valid.
         NodeExecutionError: a node failed.
         RunInterrupted: `host.interrupt` was set.

@@ -86,7 +86,7 @@ class DynamicPrompt:
 
     def get_display_node_id(self, node_id: str) -> str:
         """The node on screen that shows this node's progress."""
-        seen = set()
+        seen = set()  # a node may override the display of its children as it likes, in a circle too
         while node_id in self._display and node_id not in seen:
             seen.add(node_id)
             node_id = self._display[node_id]

@@ -10,7 +10,15 @@ from typing import Any, NamedTuple
 
 from .graph import DynamicPrompt
 
-__all__ = ["ExecutionContext", "get_executing_context", "executing_node", "NodeState", "ProgressRegistry", "get_progress_state"]
+__all__ = [
+    "ExecutionContext",
+    "get_executing_context",
+    "executing_node",
+    "NodeState",
+    "ProgressRegistry",
+    "get_progress_state",
+    "current_progress",
+]
 
 
 class ExecutionContext(NamedTuple):
