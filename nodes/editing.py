@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from .declare import Node, Output, boolean, choice, integer, number, seed_input, socket
+from .declare import Node, Output, boolean, choice, integer, number, seed_input, socket, text
 
 GROUP = "editing"
 _SAMPLER = Output("SAMPLER", "sampler", "For SamplerCustom or SamplerCustomAdvanced.")
@@ -154,3 +154,61 @@ class RectiflowRFInversionReverseSampler(Node):
 
         options = {"source": source["samples"], "eta": eta, "start": start_percent, "end": end_percent, "trend": trend}
         return (FlowSampler(KSAMPLER(sample_rf_inversion_reverse, options), start_from),)
+
+
+class RectiflowEditCompare(Node):
+    """Edits one picture by several methods, one a line, and gives pictures, captions and a table of cost and fidelity."""
+
+    TITLE = "Edit Compare"
+    GROUP = GROUP
+    SEARCH_ALIASES = ["compare editing", "benchmark", "rf-edit vs flowedit", "rf-inversion"]
+    INPUTS = (
+        socket("model", "MODEL", "The model that edits."),
+        socket("vae", "VAE", "Decodes the results."),
+        socket("source", "CONDITIONING", "What the picture shows."),
+        socket("target", "CONDITIONING", "What it shall show."),
+        socket("negative", "CONDITIONING", "The empty prompt; RF-Inversion inverts with it."),
+        socket("latent", "LATENT", "The encoded picture."),
+        socket("sigmas", "SIGMAS", "The schedule, falling; a method's option steps reads it at another number of steps."),
+        text("methods",
+            "euler steps=28\nrf_edit steps=14 inject_steps=3\nfireflow steps=27 inject_steps=6\nrf_inversion steps=28\nflow_edit steps=32\n"
+            "uni_edit steps=30",
+            "A method a line with options as name=value: euler, rf_edit, fireflow, rf_inversion, flow_edit, uni_edit.", multiline=True,
+        ),
+        seed_input("Of all noise."),
+        socket("mask", "MASK", "The part that shall change; the table's figures are then those of the part outside it.", optional=True),
+    )
+    OUTPUTS = (
+        Output("LATENT", "latents", "The edited pictures in the order of the lines."),
+        Output("IMAGE", "pictures", "The same, decoded."),
+        Output("STRING", "labels", "A caption a picture, for Picture Grid."),
+        Output("STRING", "table", "Model calls, rows, seconds, and how near each result is to the picture."),
+    )
+
+    def run(self, model, vae, source, target, negative, latent, sigmas, methods, seed, mask=None):
+        import time
+
+        import torch
+
+        from ..host import KSAMPLER, CFGGuider, calc_cond_batch, cfg_function, sample_custom
+        from ..metrics.fidelity import figures
+        from ..samplers.edit_methods import EditTask, HostCalls, parse_methods, run_method
+
+        host = HostCalls(sample_custom, calc_cond_batch, cfg_function, CFGGuider, KSAMPLER)
+        task = EditTask(model, source, target, negative, latent["samples"], sigmas, seed)
+        picture = vae.decode(latent["samples"])
+        outside = None if mask is None else 1.0 - mask
+        latents, pictures, labels = [], [], []
+        table = [f"{'method':<14}{'calls':>7}{'rows':>7}{'seconds':>9}{'PSNR':>8}{'SSIM':>8}  line"]
+        for method in parse_methods(methods, self.TITLE):
+            start = time.perf_counter()
+            edited, calls, rows = run_method(method, task, host)
+            seconds = time.perf_counter() - start
+            decoded = vae.decode(edited)
+            near = figures(decoded, picture, outside, "gaussian", 1.0, self.TITLE)
+            psnr, ssim = float(near.psnr.mean()), float(near.ssim.mean())
+            table.append(f"{method.name:<14}{calls:>7}{rows:>7}{seconds:>9.2f}{psnr:>8.2f}{ssim:>8.3f}  {method.text}")
+            labels += [f"{method.name}: {calls} calls, {psnr:.1f} dB"] * len(decoded)
+            latents.append(edited)
+            pictures.append(decoded)
+        return ({"samples": torch.cat(latents)}, torch.cat(pictures), "\n".join(labels), "\n".join(table))

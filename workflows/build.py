@@ -50,6 +50,34 @@ NOTES = {
         "Change the steps in the two **Flow Schedule** nodes (the second has half as many: its solvers call the model twice a step) "
         "and watch where the pictures part."
     ),
+    "solver_compare": (
+        "Change **solvers** (Flow ODE Sampler's help lists them) and **nfe**, the numbers of model calls each gets; a caption is the count "
+        "and the PSNR against the reference. More **reference_steps** make the reference finer; the chart shows how far it is off itself."
+    ),
+    "steering_inpaint": (
+        "The eyes are unknown to the model: it paints them while **FlowChef Sampler** keeps the rest. "
+        "Another **seed** gives other eyes; **beta** in **Flow Latent Cost** says how hard the known part is held from the start."
+    ),
+    "steering_deblur": (
+        "**Flow Operator** is the blur that is made and taken back: change its angle and size, or choose gaussian_blur. "
+        "More **inner** steps in **FlowChef Sampler** fit the blurred picture closer."
+    ),
+    "steering_super_resolution": (
+        "Sixteen pixels become one, and the model finds a picture that shrinks to the same pixels. "
+        "Change **factor** in **Flow Operator** to 2 or 8, or the **seed**; compare with the bicubic enlargement."
+    ),
+    "invert_and_reconstruct": (
+        "The picture is turned into noise and back, by three solvers at 40 model calls each. Lower the steps together (10, 5 and 9) "
+        "and watch Euler's picture fade first. Put **Load Image** in place of **Example Picture** to use a picture of your own, best 64×64."
+    ),
+    "edit_keeping_the_pose": (
+        "A cat becomes a dog; the more steps share the old picture's features (**inject_steps**), the more of its pose and colours stay. "
+        "Change **What it shall show**, and describe your own picture in **What the picture shows**."
+    ),
+    "editing_methods": (
+        "Six methods edit one picture at about 56 model calls each; the figure is the likeness to the picture, the table has costs. "
+        "Change the lines of **methods**: RF-Edit keeps more with more inject_steps, FlowEdit with more skip, RF-Inversion with a later end."
+    ),
 }
 
 
