@@ -27,7 +27,7 @@ from ..errors import input_error
 __all__ = ["Block", "OneCall", "TokenDistances", "grid_weights", "measure_blocks", "parse_blocks", "token_distance"]
 
 Block = tuple[str, int]  # ("double" or "single", index)
-_PART = re.compile(r"(double|single)\s*:\s*(\d+)(?:\s*-\s*(\d+))?")
+_PART = re.compile(r"(double|single)\s*:\s*([0-9]+)(?:\s*-\s*([0-9]+))?")
 _MOST_BLOCKS = 1000  # far above any transformer; a typing error must not make millions
 
 

@@ -26,7 +26,8 @@ def _as_pictures(latent: Tensor) -> Tensor:
 def latent_figures(latent: Tensor, source: Tensor, window: str, where: str = "inversion report") -> Figures:
     """MSE, PSNR and SSIM of latents `(b, c, h, w)` or `(b, c, t, h, w)`; frames count as pictures.
 
-    The data range is the source's largest value minus its smallest, since latents have no bounds of their own.
+    Latents have no bounds of their own: the data range is the source's largest value minus its smallest, and both latents are moved
+    so that the source starts at 0 as pictures do (SSIM compares means and is meant for values of one sign; the others do not notice).
 
     Raises:
         NodeInputError: shapes that differ, a source without contrast, or less than a window of cells.
@@ -35,7 +36,8 @@ def latent_figures(latent: Tensor, source: Tensor, window: str, where: str = "in
     data_range = float(source.max() - source.min())
     if not data_range > 0:
         raise input_error(where, "source_latent", "a latent without contrast", "an encoded picture", "Link the latent that was inverted.")
-    return figures(_as_pictures(latent), _as_pictures(source), None, window, data_range, where)
+    lowest = source.min()
+    return figures(_as_pictures(latent - lowest), _as_pictures(source - lowest), None, window, data_range, where)
 
 
 def latent_rmse(latent: Tensor, source: Tensor, where: str = "inversion report") -> float:

@@ -70,17 +70,23 @@ def _fitted_axis(values: Sequence[float], log: bool) -> _Axis:
         low, high = math.log10(low), math.log10(high)
         margin = max(0.06 * (high - low), 0.04)
         low, high = low - margin, high + margin
+        if high - low < 0.5:
+            return _Axis(low, high, True, _round_ticks(10**low, 10**high))
         decades = range(math.floor(low), math.ceil(high) + 1)
         steps = (1, 2, 5) if high - low < 2.5 else (1,)
         ticks = [step * 10.0**decade for decade in decades for step in steps]
         return _Axis(low, high, True, tuple(tick for tick in ticks if low <= math.log10(tick) <= high))
     margin = 0.06 * (high - low) or 0.5
     low, high = (low if low == 0 else low - margin), high + margin
+    return _Axis(low, high, False, _round_ticks(low, high))
+
+
+def _round_ticks(low: float, high: float) -> tuple[float, ...]:
+    """About six multiples of 1, 2 or 5 times a power of ten between the two."""
     rough = (high - low) / 6
     power = 10.0 ** math.floor(math.log10(rough))
     step = next(factor * power for factor in (1, 2, 5, 10) if factor * power >= rough)
-    first = math.ceil(low / step)
-    return _Axis(low, high, False, tuple(index * step for index in range(first, math.floor(high / step) + 1)))
+    return tuple(index * step for index in range(math.ceil(low / step), math.floor(high / step) + 1))
 
 
 def line_chart(series: Sequence[Series], chart: Chart) -> Tensor:

@@ -54,6 +54,10 @@ NOTES = {
         "Change **solvers** (Flow ODE Sampler's help lists them) and **nfe**, the numbers of model calls each gets; a caption is the count "
         "and the PSNR against the reference. More **reference_steps** make the reference finer; the chart shows how far it is off itself."
     ),
+    "guidance_side_by_side": (
+        "One noise, one prompt, five ways to guide: at cfg 8 the plain rule burns the colours, and each option of **Flow Guider** "
+        "holds it back in another way. Change **cfg** in all of them, or the **seed**."
+    ),
     "steering_inpaint": (
         "The eyes are unknown to the model: it paints them while **FlowChef Sampler** keeps the rest. "
         "Another **seed** gives other eyes; **beta** in **Flow Latent Cost** says how hard the known part is held from the start."
