@@ -125,7 +125,8 @@ def test_an_edit_changes_its_region_and_keeps_the_rest(tiny):
     (cost,) = node("RectiflowEditCost", source={"samples": tiny.latent}, mask=tiny.mask, full_until=0.9, keep_until=0.0, beta=1.0)
     (guider,) = node(
         "RectiflowFlowGuider", model=tiny.model, positive=tiny.prompt("noto sunglasses on white"),
-        negative=tiny.prompt("noto cat on white"), cfg=4.0, rule="cfg", sigma_lo=0.0, sigma_hi=1.0, zero_init=0, eta=0.0, limit=0.0, momentum=0.0, mask=tiny.mask,
+        negative=tiny.prompt("noto cat on white"), cfg=4.0,
+        rule="cfg", sigma_lo=0.0, sigma_hi=1.0, zero_init=0, eta=0.0, limit=0.0, momentum=0.0, mask=tiny.mask,
     )
     change = (tiny.steer(cost, steps=12, guider=guider) - tiny.latent).abs()
     known = torch.nn.functional.max_pool2d(tiny.mask.unsqueeze(0), 4) == 0
