@@ -75,7 +75,7 @@ NOTES = {
         "and watch Euler's picture fade first. Put **Load Image** in place of **Example Picture** to use a picture of your own, best 64×64."
     ),
     "edit_keeping_the_pose": (
-        "A cat becomes a dog; the more steps share the old picture's features (**inject_steps**), the more of its pose and colours stay. "
+        "A cat becomes a dog; the more steps share the old picture's features (**inject_steps**), the more of its pose stays. "
         "Change **What it shall show**, and describe your own picture in **What the picture shows**."
     ),
     "editing_methods": (
