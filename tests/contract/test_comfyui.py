@@ -20,6 +20,7 @@ pytestmark = pytest.mark.comfyui
 # The two hosts add up attention and matrix products in different orders, in fp32 on the CPU, over 28 guided steps.
 LATENT_TOLERANCE = 1e-4
 SAMPLED_CLASSES = ("KSampler", "SamplerCustom", "SamplerCustomAdvanced")
+SAMPLING_INSIDE = {"RectiflowSolverCompare"}  # these hand out pictures only, so the pictures are what is compared
 
 
 @pytest.fixture(scope="module")
@@ -48,6 +49,8 @@ def both_hosts_agree(graph: dict, comfyui_server, embedded) -> None:
     there = comfyui_server.run(graph)
     for node_id, shown in here.outputs.items():
         for kind, files in shown.items():
+            if kind == "text":  # reports hold seconds
+                continue
             for mine, other in zip(files, there["outputs"][node_id][kind], strict=True):
                 compare(path_of(mine, embedded.paths.get_directory_by_type("output")), path_of(other, comfyui_server.folder / "output"))
 
@@ -56,7 +59,7 @@ def with_saved_latents(graph: dict) -> dict:
     """The graph with a SaveLatent on every sampler's output."""
     graph = copy.deepcopy(graph)
     samplers = [key for key, node in graph.items() if node["class_type"] in SAMPLED_CLASSES]
-    assert samplers
+    assert samplers or SAMPLING_INSIDE & {node["class_type"] for node in graph.values()}
     for key in samplers:
         graph[f"latent_of_{key}"] = {"class_type": "SaveLatent", "inputs": {"samples": [key, 0], "filename_prefix": f"contract/{key}"}}
     return graph
