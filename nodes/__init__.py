@@ -7,7 +7,7 @@ import logging
 
 from .declare import Node
 
-PALETTES = ("tiny", "samplers", "schedules", "inversion", "pictures", "guidance", "steering", "metrics", "compare", "editing")
+PALETTES = ("tiny", "samplers", "schedules", "inversion", "pictures", "guidance", "steering", "metrics", "compare", "editing", "masks")
 
 
 def load_palettes(names: tuple[str, ...] = PALETTES) -> tuple[dict[str, type], dict[str, str]]:

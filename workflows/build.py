@@ -45,6 +45,10 @@ NOTES = {
         "Change the words in **Prompt** to repaint the masked part as something else; the rest of the face stays as it was. "
         "Put **Load Image** in place of **Example Picture** and draw a mask in its mask editor to use a picture of your own."
     ),
+    "masked_completion": (
+        "Random blocks of the picture are drawn anew, the rest is given; **Repaint Sampler** takes every step several times to fit both. "
+        "Change **task** to outpaint, the **spatial_ratio** or the **seed** of **Video Mask**. For a video the masks run over time."
+    ),
     "samplers_side_by_side": (
         "Five solvers start from one noise and make the same number of model calls (Heun one fewer). "
         "Change the steps in the two **Flow Schedule** nodes (the second has half as many: its solvers call the model twice a step) "
