@@ -19,7 +19,7 @@ pytestmark = pytest.mark.comfyui
 
 # The two hosts add up attention and matrix products in different orders, in fp32 on the CPU, over 28 guided steps.
 LATENT_TOLERANCE = 1e-4
-SAMPLED_CLASSES = ("KSampler", "SamplerCustom", "SamplerCustomAdvanced")
+SAMPLED_CLASSES = ("KSampler", "SamplerCustom", "SamplerCustomAdvanced", "RectiflowEditCompare")
 SAMPLING_INSIDE = {"RectiflowSolverCompare"}  # these hand out pictures only, so the pictures are what is compared
 
 
