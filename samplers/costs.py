@@ -9,7 +9,8 @@ respect to D: no backward pass enters the model. Each cost gives the step of one
                                                  best step along g for a linear decoder
     score                  −g/rms(g)             g = ∇score: moves the latent by beta in root mean square
 
-Everything is per picture, so beta does not depend on batch or resolution, unlike the learning rates of the released code.
+Everything is per picture, so beta does not depend on batch or resolution, unlike the learning rates of the released code. Layers of hosts
+add in place, which autograd refuses; saved tensors may therefore be overwritten (they are copied when that happens).
 """
 
 from __future__ import annotations
@@ -19,6 +20,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+from torch.autograd.graph import allow_mutation_on_saved_tensors
 from torch.func import functional_call
 
 from ..errors import input_error
@@ -161,9 +163,10 @@ class PixelMeasurement:
             part = _row_of(operator, row)
             target = y[row : row + 1] if y.shape[0] > 1 else y
             latent = clean.clone().requires_grad_()
-            picture = decode(latent)
-            residual = part.forward(picture.detach()) - target
-            (g,) = torch.autograd.grad(picture, latent, part.adjoint(residual, size))
+            with allow_mutation_on_saved_tensors():
+                picture = decode(latent)
+                residual = part.forward(picture.detach()) - target
+                (g,) = torch.autograd.grad(picture, latent, part.adjoint(residual, size))
             with torch.no_grad():
                 length = _dot(g, g, g.ndim).sqrt()
                 if float(length) == 0:
@@ -202,12 +205,12 @@ class Score:
 
         def step(clean: torch.Tensor, row: int) -> torch.Tensor:
             latent = clean.clone().requires_grad_()
-            picture = latent if decode is None else decode(latent).movedim(1, -1).flatten(0, -4)
-            value = score(picture)
-            if not (isinstance(value, torch.Tensor) and value.requires_grad):
-                remedy = "Compute it from the picture with torch operations, outside torch.no_grad()."
-                raise input_error("Flow Score Cost", "score", type(value).__name__, "a value that depends on the picture", remedy)
-            (g,) = torch.autograd.grad(value.sum(), latent)
+            with allow_mutation_on_saved_tensors():
+                value = score(latent if decode is None else decode(latent).movedim(1, -1).flatten(0, -4))
+                if not (isinstance(value, torch.Tensor) and value.requires_grad):
+                    remedy = "Compute it from the picture with torch operations, outside torch.no_grad()."
+                    raise input_error("Flow Score Cost", "score", type(value).__name__, "a value that depends on the picture", remedy)
+                (g,) = torch.autograd.grad(value.sum(), latent)
             rms = g.square().mean().sqrt()
             return -g / rms if float(rms) > 0 else torch.zeros_like(g)
 

@@ -275,12 +275,17 @@ def test_fresh_asks_again_where_it_steered():
 
 
 class Encoder(torch.nn.Module):
+    """Adds in place to a tensor that its own norm has saved, as ComfyUI's CLIP layers do."""
+
     def __init__(self):
         super().__init__()
         self.layer = torch.nn.Linear(3 * 8 * 8, 6)
+        self.norm = torch.nn.LayerNorm(6)
 
     def forward(self, pixel_values, intermediate_output=None):
-        return None, None, self.layer(pixel_values.flatten(1))
+        x = self.layer(pixel_values.flatten(1)) * 1.0
+        x += self.norm(x)
+        return None, None, x
 
 
 def test_clip_vision_scores_have_gradients_and_their_models_loaded():
