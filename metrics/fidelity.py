@@ -19,7 +19,6 @@ from types import MappingProxyType
 
 import torch
 from torch import Tensor
-from torch.nn.functional import conv2d
 
 from ..errors import input_error
 
@@ -159,18 +158,26 @@ def ssim_map(image: Tensor, reference: Tensor, window: str = "gaussian", data_ra
 
 def _ssim_planes(x: Tensor, y: Tensor, kernel: Window, data_range: float) -> Tensor:
     """SSIM of each channel: `(c, h, w)` twice → `(c, h − 2m, w − 2m)`."""
-    taps = torch.tensor(kernel.taps, dtype=x.dtype)
-
-    def mean(planes: Tensor) -> Tensor:
-        rows = conv2d(planes.unsqueeze(1), taps.reshape(1, 1, -1, 1))
-        return conv2d(rows, taps.reshape(1, 1, 1, -1)).squeeze(1)
-
-    ux, uy = mean(x), mean(y)
-    vx = kernel.covariance * (mean(x * x) - ux * ux)
-    vy = kernel.covariance * (mean(y * y) - uy * uy)
-    vxy = kernel.covariance * (mean(x * y) - ux * uy)
+    ux, uy = _windowed(x, kernel), _windowed(y, kernel)
+    vx = kernel.covariance * (_windowed(x * x, kernel) - ux * ux)
+    vy = kernel.covariance * (_windowed(y * y, kernel) - uy * uy)
+    vxy = kernel.covariance * (_windowed(x * y, kernel) - ux * uy)
     c1, c2 = (0.01 * data_range) ** 2, (0.03 * data_range) ** 2
     return (2 * ux * uy + c1) * (2 * vxy + c2) / ((ux * ux + uy * uy + c1) * (vx + vy + c2))
+
+
+def _windowed(planes: Tensor, kernel: Window) -> Tensor:
+    """Weighted mean under the window: `(c, h, w)` → `(c, h − 2m, w − 2m)`.
+
+    A sum of shifted slices, an axis at a time: on the CPU in float64 several times as fast as torch's convolution.
+    """
+    for axis in (1, 2):
+        size = planes.shape[axis] - 2 * kernel.margin
+        total = planes.narrow(axis, 0, size) * kernel.taps[0]
+        for offset, tap in enumerate(kernel.taps[1:], start=1):
+            total.add_(planes.narrow(axis, offset, size), alpha=tap)
+        planes = total
+    return planes
 
 
 def ssim(

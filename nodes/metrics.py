@@ -167,8 +167,10 @@ class RectiflowStopwatch(Node):
         Output("MODEL", "model", "The same model, watched."),
         Output("STOPWATCH", "stopwatch", "For Stopwatch Report."),
     )
+    # The graph cache gives equal nodes one output; the id makes two stopwatches on one model two.
+    HIDDEN = {"unique_id": "UNIQUE_ID"}
 
-    def run(self, model):
+    def run(self, model, unique_id=None):
         from ..metrics.stopwatch import Stopwatch
 
         stopwatch = Stopwatch()

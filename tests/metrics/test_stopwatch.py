@@ -8,6 +8,8 @@ import pytest
 import torch
 from rectiflow.errors import NodeInputError
 from rectiflow.host import sampler_object
+from rectiflow.host.embedded import run_graph
+from rectiflow.host.embedded.execution.executor import PromptExecutor
 from rectiflow.metrics.stopwatch import RunTimes, Stopwatch
 
 
@@ -104,3 +106,33 @@ def test_a_line_names_every_count():
 def test_a_report_without_a_run_says_what_to_link(tiny):
     with pytest.raises(NodeInputError, match="Stopwatch Report: input 'stopwatch'"):
         tiny.node("RectiflowStopwatchReport", stopwatch=Stopwatch(), latent=tiny.empty())
+
+
+def timed_graph(seed: int) -> dict:
+    """Two samplers on one model, each with a stopwatch of its own."""
+    graph = {
+        "1": ("RectiflowLoadTiny", {}),
+        "2": ("CLIPTextEncode", {"text": "noto cat on white", "clip": ["1", 1]}),
+        "3": ("RectiflowEmptyLatent", {"vae": ["1", 2], "width": 32, "height": 32, "batch_size": 1}),
+    }
+    for place, steps in ((10, 2), (20, 3)):
+        watch, sampler, report, text = (str(place + offset) for offset in range(4))
+        graph[watch] = ("RectiflowStopwatch", {"model": ["1", 0]})
+        graph[sampler] = ("KSampler", {
+            "model": [watch, 0], "seed": seed, "steps": steps, "cfg": 1.0, "sampler_name": "euler", "scheduler": "simple",
+            "positive": ["2", 0], "negative": ["2", 0], "latent_image": ["3", 0], "denoise": 1.0,
+        })
+        graph[report] = ("RectiflowStopwatchReport", {"stopwatch": [watch, 1], "latent": [sampler, 0]})
+        graph[text] = ("PreviewAny", {"source": [report, 0]})
+    return {key: {"class_type": kind, "inputs": inputs} for key, (kind, inputs) in graph.items()}
+
+
+def test_a_second_run_of_the_graph_is_warm_and_two_stopwatches_are_two(metrics_host):
+    """The graph cache keeps the stopwatch between the runs, and keeps equal nodes apart that it would give one output otherwise."""
+    executor = PromptExecutor(metrics_host)
+    first, second = (run_graph(timed_graph(seed), executor=executor).outputs for seed in (1, 2))
+    for text, evaluations in (("13", 2), ("23", 3)):
+        assert f"{evaluations} evaluations" in first[text]["text"][0] and "no warm run yet" in first[text]["text"][0]
+        assert "warm runs: 1," in second[text]["text"][0]
+    again = run_graph(timed_graph(2), executor=executor)
+    assert "13" not in again.outputs or again.outputs["13"]["text"] == second["13"]["text"]  # nothing ran, so the report stays
