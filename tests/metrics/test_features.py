@@ -6,6 +6,7 @@ import pytest
 import torch
 from rectiflow.errors import NodeInputError
 from rectiflow.metrics.features import TokenDistances, grid_weights, measure_blocks, parse_blocks, token_distance
+from rectiflow.tests.models.small_models import MODELS, random
 
 EVERY_BLOCK = "double:0-2, single:0-5"
 
@@ -122,3 +123,30 @@ def test_what_cannot_be_compared_is_refused(tiny, changed, message):
     inputs = {"image": tiny.picture(), "reference": tiny.picture(), **changed}
     with pytest.raises(NodeInputError, match=f"Feature Distance: .*({message})"):
         distance(tiny, **inputs)
+
+
+def measured_family(metrics_host, family: str, blocks: str) -> TokenDistances:
+    """One measuring call on a small random model of another family; pictures are latents here, 16 channels of 6×8 cells."""
+    from rectiflow.host.embedded import sd, use_host
+    from rectiflow.nodes.metrics import RectiflowFeatureDistance
+
+    with use_host(metrics_host), torch.inference_mode():
+        model = sd.load_diffusion_model_state_dict(MODELS[family]().state_dict())
+        conditioning = [[random(1, 5, 20, seed=2), {"pooled_output": random(1, 12, seed=3)}]]
+        distances = TokenDistances(parse_blocks(blocks), pictures=2)
+        latent = random(4, 16, 6, 8, seed=1)
+        latent[3] = latent[1]  # the second picture equals its reference
+        RectiflowFeatureDistance._measure(model, conditioning, latent, 0.2, 0, distances)
+    return distances
+
+
+def test_sd3s_joint_blocks_answer_with_their_image_tokens(metrics_host):
+    maps = measured_family(metrics_host, "sd3", "double:0-1").maps((6, 8))
+    assert maps.shape == (2, 3, 4)
+    assert float(maps[0].min()) > 1e-3 and float(maps[1].max()) < 1e-6
+
+
+def test_a_model_without_block_hooks_is_refused(metrics_host):
+    distances = measured_family(metrics_host, "lumina2", "double:0")
+    with pytest.raises(NodeInputError, match="here: input 'blocks' got 'double:0'.*Lumina 2"):
+        distances.by_block("here")

@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 from rectiflow.errors import NodeInputError
+from rectiflow.host import InterruptProcessingException
 from rectiflow.metrics.heat_map import QUANTITIES
 from rectiflow.metrics.reports import REGIONS
 from rectiflow.nodes import compare, metrics
@@ -150,3 +151,26 @@ def test_comparisons_that_cannot_be_run(tiny, changed, message):
         tiny.node(
             "RectiflowSolverCompare", noise=tiny.noise(), guider=tiny.guider(), latent_image=tiny.empty(), vae=tiny.vae, **inputs
         )
+
+
+def test_a_request_to_stop_ends_a_comparison_within_a_step(tiny, metrics_host):
+    """Asked in the third evaluation; the next one does not come, and the stopwatch has no run left open."""
+    watched, stopwatch = tiny.node("RectiflowStopwatch", model=tiny.model)
+    asked = []
+
+    def stop_in_the_third(executor, *args, **kwargs):
+        asked.append(1)
+        if len(asked) == 3:
+            metrics_host.interrupt.set()
+        return executor(*args, **kwargs)
+
+    watched.add_wrapper_with_key("predict_noise", "stop", stop_in_the_third)
+    sockets = {"noise": tiny.noise(), "guider": tiny.guider(watched), "latent_image": tiny.empty(1, 4), "vae": tiny.vae}
+    try:
+        with pytest.raises(InterruptProcessingException):
+            tiny.node(
+                "RectiflowSolverCompare", **sockets, solvers="euler", nfe="4", scheduler="uniform", reference_steps=4, scale=1
+            )
+    finally:
+        metrics_host.interrupt.clear()
+    assert len(asked) <= 4 and [run.finished for run in stopwatch.runs] == [False]
