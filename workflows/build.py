@@ -45,6 +45,10 @@ NOTES = {
         "Change the words in **Prompt** to repaint the masked part as something else; the rest of the face stays as it was. "
         "Put **Load Image** in place of **Example Picture** and draw a mask in its mask editor to use a picture of your own."
     ),
+    "flow_as_epsilon_model": (
+        "One model on two paths: **Convert Prediction** makes Karras schedules, which are for epsilon models, fit a flow. "
+        "Change **scheduler** and **sampler_name** of the three samplers, or the **steps**; with many steps the pictures agree."
+    ),
     "masked_completion": (
         "Random blocks of the picture are drawn anew, the rest is given; **Repaint Sampler** takes every step several times to fit both. "
         "Change **task** to outpaint, the **spatial_ratio** or the **seed** of **Video Mask**. For a video the masks run over time."
@@ -78,13 +82,17 @@ NOTES = {
         "The picture is turned into noise and back, by three solvers at 40 model calls each. Lower the steps together (10, 5 and 9) "
         "and watch Euler's picture fade first. Put **Load Image** in place of **Example Picture** to use a picture of your own, best 64×64."
     ),
+    "change_the_background": (
+        "FlowEdit moves the picture by the difference of two prompts: change **What it shall show** (*noto cat on black*, "
+        "*noto fox on white*). More **skip** keeps more of the picture, until too little changes."
+    ),
     "edit_keeping_the_pose": (
         "A cat becomes a dog; the more steps share the old picture's features (**inject_steps**), the more of its pose stays. "
         "Change **What it shall show**, and describe your own picture in **What the picture shows**."
     ),
     "editing_methods": (
         "Six methods edit one picture at about 56 model calls each; the figure is the likeness to the picture, the table has costs. "
-        "Change the lines of **methods**: RF-Edit keeps more with more inject_steps, FlowEdit with more skip, RF-Inversion with a later end."
+        "Change the lines of **methods**: RF-Edit keeps more with more inject_steps, FlowEdit with more skip, RF-Inversion with a late end."
     ),
 }
 
