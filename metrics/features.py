@@ -24,7 +24,7 @@ from torch.nn.functional import adaptive_avg_pool2d, normalize
 
 from ..errors import input_error
 
-__all__ = ["Block", "OneCall", "TokenDistances", "grid_weights", "measure_blocks", "parse_blocks", "token_distance"]
+__all__ = ["Block", "FeatureFigures", "OneCall", "TokenDistances", "grid_weights", "measure_blocks", "parse_blocks", "token_distance"]
 
 Block = tuple[str, int]  # ("double" or "single", index)
 _PART = re.compile(r"(double|single)\s*:\s*([0-9]+)(?:\s*-\s*([0-9]+))?")
@@ -48,6 +48,24 @@ def parse_blocks(text: str, where: str = "feature distance") -> tuple[Block, ...
 def token_distance(features: Tensor, others: Tensor) -> Tensor:
     """1 − cos of tokens at the same place, `(b, n, d)` twice → `(b, n)` float32; equal tokens give exactly 0."""
     return (normalize(features.float(), dim=-1) - normalize(others.float(), dim=-1)).square().sum(-1) / 2
+
+
+@dataclass(frozen=True)
+class FeatureFigures:
+    """by_block: block → the distance of every picture, `(b,)`; maps: distances of the tokens, mean over blocks, `(b, rows, columns)`."""
+
+    by_block: dict[Block, Tensor]
+    maps: Tensor
+
+    @property
+    def each(self) -> Tensor:
+        """The distance of every picture, `(b,)`."""
+        return torch.stack(list(self.by_block.values())).mean(0)
+
+    def table(self) -> str:
+        """A line a block and one of means, a column a picture."""
+        lines = {f"{stream}:{index}": values for (stream, index), values in self.by_block.items()} | {"mean": self.each}
+        return "\n".join(f"{name} " + " ".join(f"{float(value):.4f}" for value in values) for name, values in lines.items())
 
 
 @dataclass
@@ -91,10 +109,22 @@ class TokenDistances:
         got = f"{tokens} tokens for a latent of {latent_size[1]}×{latent_size[0]}"
         raise input_error(where, "model", got, "models whose tokens are the squares of a grid", "Use another model.")
 
-    def maps(self, latent_size: tuple[int, int], where: str = "feature distance") -> Tensor:
-        """Distances averaged over blocks, in place: `(b, rows, columns)`."""
-        mean = torch.stack(list(self.by_block(where).values())).mean(0)
-        return mean.reshape(len(mean), *self.grid(latent_size, where))
+    def summary(self, latent_size: tuple[int, int], weights: Tensor | None = None, where: str = "feature distance") -> FeatureFigures:
+        """The distances of every picture and block.
+
+        Args:
+            latent_size: (h, w) of the latents that were measured.
+            weights: `(b, H, W)` of the pictures' pixels, a mask; None counts every token alike.
+        """
+        by_block = self.by_block(where)
+        grid = self.grid(latent_size, where)
+        shares = torch.ones(self.pictures, *grid) if weights is None else grid_weights(weights, grid)
+        total = shares.sum(dim=(1, 2))
+        if not bool((total > 0).all()):
+            raise input_error(where, "mask", "a mask without pixels", "a region in every picture", "Draw a larger mask.")
+        maps = {block: found.reshape(self.pictures, *grid) for block, found in by_block.items()}
+        figures = {block: (found * shares).sum(dim=(1, 2)) / total for block, found in maps.items()}
+        return FeatureFigures(figures, torch.stack(list(maps.values())).mean(0))
 
 
 def grid_weights(weights: Tensor, grid: tuple[int, int]) -> Tensor:

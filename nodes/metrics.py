@@ -69,37 +69,26 @@ class RectiflowFeatureDistance(Node):
     def run(self, image, reference, sigma, blocks, seed, model=None, vae=None, conditioning=None, mask=None):
         import torch
 
-        from ..metrics.features import TokenDistances, grid_weights, parse_blocks
+        from ..metrics.features import TokenDistances, parse_blocks
         from ..metrics.fidelity import picture_pair, region_weights
         from ..metrics.heat_map import heat_map
 
         chosen = parse_blocks(blocks, self.TITLE)
         pictures, references = (batch.float() for batch in picture_pair(_colours(image), _colours(reference), self.TITLE))
+        size = tuple(pictures.shape[1:3])
+        weights = None if mask is None else region_weights(mask, len(pictures), size, self.TITLE)
         model, vae, conditioning = self._models(model, vae, conditioning)
         latent = vae.encode(torch.cat([pictures, references]))
         ratio = vae.spacial_compression_decode()
-        if tuple(side * ratio for side in latent.shape[-2:]) != tuple(pictures.shape[1:3]):
-            got = f"{pictures.shape[2]}×{pictures.shape[1]} pixels"
+        if tuple(side * ratio for side in latent.shape[-2:]) != size:
+            got = f"{size[1]}×{size[0]} pixels"
             raise input_error(self.TITLE, "image", got, "sides that the VAE encodes whole", "Crop both pictures to multiples of 16 pixels.")
         distances = TokenDistances(chosen, len(pictures))
         self._measure(model, conditioning, latent, sigma, seed, distances)
-        maps = distances.maps(tuple(latent.shape[-2:]), self.TITLE)  # (b, rows, columns)
-        weights = torch.ones_like(maps)
-        if mask is not None:
-            weights = grid_weights(region_weights(mask, len(pictures), tuple(pictures.shape[1:3]), self.TITLE), tuple(maps.shape[1:]))
-            if not bool((weights.sum(dim=(1, 2)) > 0).all()):
-                raise input_error(self.TITLE, "mask", "a mask without pixels", "a region in every picture", "Draw a larger mask.")
-        weights = weights / weights.sum(dim=(1, 2), keepdim=True)
-        lines = [
-            f"{stream}:{index} " + " ".join(f"{float(value):.4f}" for value in (found.reshape(maps.shape) * weights).sum(dim=(1, 2)))
-            for (stream, index), found in distances.by_block(self.TITLE).items()
-        ]
-        each = (maps * weights).sum(dim=(1, 2))
-        lines.append("mean " + " ".join(f"{float(value):.4f}" for value in each))
-        colours, scale = heat_map(maps)
-        lines.append(f"map: pale yellow is {scale:.4f}")
-        enlarged = torch.nn.functional.interpolate(colours.movedim(-1, 1), size=pictures.shape[1:3], mode="nearest").movedim(1, -1)
-        return (float(each.mean()), "\n".join(lines), enlarged)
+        found = distances.summary(tuple(latent.shape[-2:]), weights, self.TITLE)
+        colours, scale = heat_map(found.maps)
+        enlarged = torch.nn.functional.interpolate(colours.movedim(-1, 1), size=size, mode="nearest").movedim(1, -1)
+        return (float(found.each.mean()), f"{found.table()}\nmap: pale yellow is {scale:.4f}", enlarged)
 
     def _models(self, model, vae, conditioning):
         given = {"model": model, "vae": vae, "conditioning": conditioning}

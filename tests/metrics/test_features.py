@@ -141,7 +141,7 @@ def measured_family(metrics_host, family: str, blocks: str) -> TokenDistances:
 
 
 def test_sd3s_joint_blocks_answer_with_their_image_tokens(metrics_host):
-    maps = measured_family(metrics_host, "sd3", "double:0-1").maps((6, 8))
+    maps = measured_family(metrics_host, "sd3", "double:0-1").summary((6, 8)).maps
     assert maps.shape == (2, 3, 4)
     assert float(maps[0].min()) > 1e-3 and float(maps[1].max()) < 1e-6
 
