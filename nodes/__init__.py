@@ -7,7 +7,10 @@ import logging
 
 from .declare import Node
 
-PALETTES = ("tiny", "samplers", "schedules", "inversion", "pictures", "guidance", "steering", "metrics", "compare", "editing", "masks")
+PALETTES = (
+    "tiny", "samplers", "schedules", "inversion", "pictures", "guidance", "steering", "metrics", "compare",
+    "editing", "masks", "prediction",
+)
 
 
 def load_palettes(names: tuple[str, ...] = PALETTES) -> tuple[dict[str, type], dict[str, str]]:
