@@ -50,7 +50,7 @@ class _DeviceClock:
         self.spans: list[tuple[Any, Any]] = []
 
     def synchronise(self) -> None:
-        """Wait for the device; the CPU has nothing to wait for, and a back end without the call (DirectML) works in step anyway."""
+        """Wait for the device. A back end that torch cannot wait for (DirectML) is timed as the host sees it."""
         wait = getattr(getattr(torch, self.device.type, None), "synchronize", None)
         if self.device.type != "cpu" and wait is not None:
             wait()
