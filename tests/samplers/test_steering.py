@@ -7,7 +7,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 from rectiflow.errors import NodeInputError
-from rectiflow.samplers.costs import CostPart, LatentMeasurement, PixelDecoder, PixelMeasurement, Score
+from rectiflow.samplers.costs import CostPart, LatentMeasurement, LatentSpace, PixelDecoder, PixelMeasurement, Score
 from rectiflow.samplers.operators import Blur, Downsample, Grayscale, Identity, Mask, gaussian_kernel
 from rectiflow.samplers.scores import ClipVisionScore, ColourScore
 from rectiflow.samplers.solvers import sample_euler
@@ -46,9 +46,9 @@ def decoder(codec=None):
     codec = codec or Codec()
     vae = SimpleNamespace(
         first_stage_model=codec, patcher=None, device=torch.device("cpu"), vae_dtype=torch.float32,
-        process_output=lambda rgb: ((rgb + 1) / 2).clamp(0, 1),
+        process_output=lambda rgb: ((rgb + 1) / 2).clamp(0, 1), memory_used_decode=lambda shape, dtype: 100 * shape[0],
     )
-    return PixelDecoder(vae, lambda patchers: None)
+    return PixelDecoder(vae, lambda patchers, memory: None)
 
 
 def pixels(codec, latent):
@@ -69,6 +69,8 @@ def test_without_an_active_cost_it_is_euler_bit_for_bit(costs):
 def test_the_schedule_of_a_part():
     ramp = part(None, beta=0.8, beta_end=0.2, sigma_hi=0.9, sigma_lo=0.3)
     assert [ramp.weight(sigma) for sigma in (1.0, 0.9, 0.6, 0.3, 0.1)] == pytest.approx([0, 0.8, 0.5, 0, 0])
+    early = part(None, sigma_lo=0.9)
+    assert early.weight(float(torch.tensor(0.9)) + 5e-8) == 0 and early.weight(0.92) == 1  # rounding does not move a window's end
     for lo, hi in ((0.5, 0.5), (-0.1, 1.0), (0.0, 1.1), (0.0, float("nan"))):
         with pytest.raises(NodeInputError, match="sigma_lo"):
             part(None, sigma_lo=lo, sigma_hi=hi)
@@ -170,7 +172,7 @@ def test_the_step_through_a_linear_decoder_is_the_best_along_its_gradient(operat
     codec = Codec()
     with torch.no_grad():
         y = operator.fitted((16, 16), PICTURE).forward(pixels(codec, PICTURE).movedim(-1, 1)).movedim(1, -1)
-    step = PixelMeasurement(operator, y, decoder(codec)).bind(SimpleNamespace(to_codec=lambda z: z, model_patcher=None), NOISE[:1])
+    step = PixelMeasurement(operator, y, decoder(codec)).bind(LatentSpace(), NOISE[:1])
 
     def cost(latent):
         seen = operator.fitted((16, 16), latent).forward((codec.decode(latent) + 1) / 2)
@@ -298,12 +300,12 @@ def test_clip_vision_scores_have_gradients_and_their_models_loaded():
         )
         reference = torch.rand(1, 20, 12, 3)
     through = decoder(codec)
-    through.load = loaded.extend
+    through.load = lambda patchers, memory: loaded.append((patchers, memory))
     plain = sample_euler(GaussianFlow(), NOISE, DOWN)
     score = ClipVisionScore(clip, reference)
     with torch.inference_mode():
         out = run(Score(score, through), beta=0.1)
-    assert "clip" in loaded
+    assert (["clip", None], 300) in loaded  # encoder and decoder together, with the memory of one picture of the two
     measured = score.prepared(lambda patchers: None)
     assert (measured(pixels(codec, out)) > measured(pixels(codec, plain)) + 0.05).all()
 
