@@ -128,3 +128,39 @@ class RectiflowPhasedSigmas(Node):
         from ..samplers.prediction import phased_sigmas
 
         return (phased_sigmas(model.get_model_object("model_sampling"), phases, steps_per_phase),)
+
+
+class RectiflowPathOrderProbe(Node):
+    """Measures whether a model's paths have a constant noise estimate (first order) or a constant velocity (straight), and says which."""
+
+    TITLE = "Path Order Probe"
+    GROUP = GROUP
+    SEARCH_ALIASES = ["rectified diffusion", "first order", "straightness", "reflow"]
+    INPUTS = (
+        socket("noise", "NOISE", "Where the paths start."),
+        socket("guider", "GUIDER", "The model with its conditions; guidance is part of what is measured."),
+        socket("sigmas", "SIGMAS", "Falling, of the model's own kind; 2 model calls a step. 20 steps or more."),
+        socket("latent_image", "LATENT", "An empty latent; its batch is the number of paths, 8 or more for a steady figure."),
+    )
+    OUTPUTS = (
+        Output("FLOAT", "first_order_error", "Share of the noise estimate that varies along a path; 0: one DDIM step is exact."),
+        Output("FLOAT", "straightness_error", "Share of the velocity that varies along a path; 0: one Euler step of the flow is exact."),
+        Output("STRING", "table", "What is small, and a line a step."),
+    )
+
+    def run(self, noise, guider, sigmas, latent_image):
+        from ..errors import input_error
+        from ..host import KSAMPLER, fix_empty_latent_channels
+        from ..samplers.path_order import PathOrder, sample_path_order
+        from ..samplers.prediction import is_flow
+
+        samples = fix_empty_latent_channels(guider.model_patcher, latent_image["samples"])
+        latent = {**latent_image, "samples": samples}
+        record = PathOrder()
+        options = {"record": record, "flow": is_flow(guider.model_patcher.get_model_object("model_sampling"))}
+        sampler = KSAMPLER(sample_path_order, options)
+        guider.sample(noise.generate_noise(latent), samples, sampler, sigmas, disable_pbar=True, seed=noise.seed)
+        if not record.times:
+            remedy = "Connect the schedule you sample with."
+            raise input_error(self.TITLE, "sigmas", "an empty schedule", "2 or more values that fall", remedy)
+        return (record.first_order_error, record.straightness_error, record.table())
