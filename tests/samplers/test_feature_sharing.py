@@ -97,6 +97,17 @@ def test_recording_does_not_change_the_inversion_and_counts_no_more_calls(tiny, 
     assert len(calls) == 2 * STEPS and bank.remade == 0
 
 
+def test_from_noise_over_an_empty_latent_is_the_same_edit(tiny, inverted):
+    """The other way into the sampler: the inverted latent as NOISE through the host's own scaling, which at sigma 1 is exact."""
+    (noise,) = NODES["RectiflowNoiseFromLatent"]().execute(model=tiny.model, latent={"samples": inverted}, sigma_start=1.0)
+    empty = torch.zeros_like(inverted)
+    inputs = {"inject_steps": 2, "match": "interval", "tokens": "all", "rows": "cond_and_uncond", "strength": 1.0, "start_from": "noise"}
+    (sampler,) = RectiflowRFEditSampler().execute(features=recorded(tiny), **inputs)
+    start = noise.generate_noise({"samples": empty})
+    drawn = sample_custom(tiny.model, start, 2.0, sampler, SIGMAS, tiny.target, tiny.empty, empty, disable_pbar=True, seed=0)
+    assert torch.equal(drawn, tiny.edit(inverted, recorded(tiny)))
+
+
 def test_features_keep_more_of_the_picture(tiny, inverted):
     """More injected steps, all blocks: the edit comes ever nearer to what was inverted."""
     bank = recorded(tiny, save_steps=STEPS, blocks="double,single")
