@@ -94,6 +94,10 @@ NOTES = {
         "Six methods edit one picture at about 56 model calls each; the figure is the likeness to the picture, the table has costs. "
         "Change the lines of **methods**: RF-Edit keeps more with more inject_steps, FlowEdit with more skip, RF-Inversion with a late end."
     ),
+    "steering_masked_edit": (
+        "Sunglasses for a face, nothing inverted: **Flow Guider** edits inside the mask, **Flow Edit Cost** keeps the rest. "
+        "Change the words in **Edit** or the **seed**; full_until 0.95 with beta 0.3 keeps more of what was under the mask."
+    ),
 }
 
 
