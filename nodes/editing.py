@@ -126,7 +126,7 @@ class RectiflowRFInversionForwardSampler(Node):
         from ..samplers.inversion import InvertSampler
         from ..samplers.rf_inversion import sample_rf_inversion_forward
 
-        return (InvertSampler(sample_rf_inversion_forward, {"gamma": gamma, "seed": seed}),)
+        return (InvertSampler(sample_rf_inversion_forward, {"gamma": gamma, "seed": seed}, name=self.TITLE),)
 
 
 class RectiflowRFInversionReverseSampler(Node):

@@ -17,6 +17,7 @@ import logging
 import weakref
 from collections.abc import Callable
 from dataclasses import dataclass
+from types import MappingProxyType
 from typing import Any
 
 import torch
@@ -33,7 +34,7 @@ RECORDER, REPLAYER = "Flow Invert", "RF-Edit Sampler"
 Place = tuple[int, str]  # interval of the rising schedule, and "first", "mid" or "last" seen from its lower end
 
 # The solver that draws the edit after each inversion; uni_inv and fixed_point undo Euler's steps.
-EDIT_SOLVERS = {name: "euler" if name in ("uni_inv", "fixed_point") else name for name in INVERTERS}
+EDIT_SOLVERS = MappingProxyType({name: "euler" if name in ("uni_inv", "fixed_point") else name for name in INVERTERS})
 
 
 @dataclass(frozen=True)

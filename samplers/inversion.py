@@ -104,18 +104,22 @@ class InvertSampler:
 
     The run starts at sigmas[0] from (1 − sigma)·latent, plus sigma·noise when `floor_noise`, and returns the state at sigmas[-1] as it
     is: no division by 1 − sigma, so sigma 1 is an ordinary end. `watch(model, sigmas)` may put a model of its own between solver and
-    guider, as the recording of features does.
+    guider, as the recording of features does; `name` is the node that messages name.
     """
 
     inpaint_options = MappingProxyType({})
 
-    def __init__(self, solver: str | Callable, options: dict[str, Any] | None = None, floor_noise: bool = False, watch=None):
+    def __init__(
+        self, solver: str | Callable, options: dict[str, Any] | None = None, floor_noise: bool = False, watch=None,
+        name: str = "FlowInvertSampler",
+    ):  # fmt: skip
         if not callable(solver) and solver not in INVERTERS:
-            raise input_error("FlowInvertSampler", "solver", solver, ", ".join(INVERTERS), "Pick one of them.")
+            raise input_error(name, "solver", solver, ", ".join(INVERTERS), "Pick one of them.")
         self.sampler_function = solver if callable(solver) else INVERTERS[solver]
         self.extra_options = dict(options or {})
         self.floor_noise = floor_noise
         self.watch = watch
+        self.name = name
 
     def max_denoise(self, guider, sigmas) -> bool:
         return False
@@ -124,7 +128,7 @@ class InvertSampler:
         """`latent_image`: `(b, …)` in model space, the picture; returns the state at sigmas[-1]. What ComfyUI's guider calls."""
         if not bool((sigmas[1:] > sigmas[:-1]).all()):
             remedy = "Put Flow Inversion Sigmas between the schedule and the sampler."
-            raise input_error("FlowInvertSampler", "sigmas", "a schedule that does not rise", "sigmas that rise in every step", remedy)
+            raise input_error(self.name, "sigmas", "a schedule that does not rise", "sigmas that rise in every step", remedy)
         if denoise_mask is not None:
             logging.warning("Rectiflow: inversion leaves the latent's noise mask out")
         start = sigmas[0]

@@ -259,6 +259,9 @@ def test_other_guiders_are_refused(tiny, sampler):
 
 
 def test_schedules_that_do_not_fit_are_refused(tiny):
+    (up,) = editing.RectiflowRFInversionForwardSampler().execute(gamma=0.5, seed=0)
+    with pytest.raises(NodeInputError, match="RF-Inversion Forward Sampler: input 'sigmas'"):
+        sample_custom(tiny.model, torch.zeros_like(PICTURE), 1.0, up, SIGMAS, tiny.empty, tiny.empty, PICTURE, disable_pbar=True, seed=0)
     with pytest.raises(NodeInputError, match="sigmas"):
         tiny.run(FlowEditSampler(skip=1), sigmas=SIGMAS.flip(0))
     with pytest.raises(NodeInputError, match="skip 4, refine 2"):
