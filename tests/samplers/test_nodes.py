@@ -1,4 +1,4 @@
-"""The three palettes: the declared tables are whole, every node has a help page that knows its inputs, refusals name the node."""
+"""The palettes of the room: the declared tables are whole, every node has a help page that knows its inputs, refusals name the node."""
 
 from __future__ import annotations
 
@@ -7,17 +7,21 @@ from pathlib import Path
 import pytest
 import torch
 from rectiflow.errors import NodeInputError
-from rectiflow.nodes import editing, inversion, samplers, schedules
+from rectiflow.nodes import editing, inversion, masks, prediction, samplers, schedules
 from rectiflow.nodes.declare import Node
+from rectiflow.samplers.flow_maps import FLOW_MAPS
 from rectiflow.samplers.inversion import INVERTERS
+from rectiflow.samplers.known_part import KNOWN_MODES
+from rectiflow.samplers.masks import COMBINATIONS, TASKS
 from rectiflow.samplers.model_shift import SCHEDULERS
+from rectiflow.samplers.prediction import VELOCITY_SIGNS
 from rectiflow.samplers.registry import LAST_STEP, SOLVERS
 from rectiflow.samplers.rf_inversion import TRENDS
 from rectiflow.samplers.sampler_object import START_FROM
 from rectiflow.samplers.schedules import GRIDS
 
 NODES = [
-    value for module in (samplers, schedules, inversion, editing) for value in vars(module).values()
+    value for module in (samplers, schedules, inversion, editing, masks, prediction) for value in vars(module).values()
     if isinstance(value, type) and issubclass(value, Node) and value.TITLE and value.__module__ == module.__name__
 ]
 DOCS = Path(samplers.__file__).parent.parent / "web" / "docs"
@@ -54,6 +58,11 @@ def test_drop_downs_offer_what_the_room_has():
     assert tuple(inputs_of(editing.RectiflowRFInversionReverseSampler)["trend"][0]) == TRENDS
     assert tuple(inputs_of(schedules.RectiflowFlowShiftSigmas)["scheduler"][0]) == SCHEDULERS
     assert set(inputs_of(schedules.RectiflowFlowSchedule)["kind"][0]) == set(GRIDS)
+    assert tuple(inputs_of(masks.RectiflowVideoMaskBuilder)["task"][0]) == TASKS
+    assert tuple(inputs_of(masks.RectiflowVideoMaskCombine)["operation"][0]) == COMBINATIONS
+    assert tuple(inputs_of(masks.RectiflowMaskedVideoCondition)["known"][0]) == KNOWN_MODES
+    assert set(inputs_of(prediction.RectiflowFlowMapSampler)["kind"][0]) == set(FLOW_MAPS)
+    assert tuple(inputs_of(prediction.RectiflowFlowUNetSampling)["velocity_sign"][0]) == VELOCITY_SIGNS
 
 
 def test_schedule_nodes_that_need_no_model():
