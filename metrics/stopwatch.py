@@ -17,7 +17,7 @@ from typing import Any
 
 import torch
 
-__all__ = ["RunTimes", "Stopwatch"]
+__all__ = ["DeviceClock", "RunTimes", "Stopwatch"]
 
 KEY = "rectiflow_stopwatch"
 
@@ -42,7 +42,7 @@ class RunTimes:
         )
 
 
-class _DeviceClock:
+class DeviceClock:
     """Time spans on one device: `start` gives a mark, `stop` closes its span, `seconds` adds all of them up."""
 
     def __init__(self, device: torch.device):
@@ -78,7 +78,7 @@ class _DeviceClock:
 
 @dataclass
 class _OpenRun:
-    clock: _DeviceClock
+    clock: DeviceClock
     evaluations: int = 0
     calls: int = 0
     rows: list[int] = field(default_factory=lambda: [0, 0])  # conditional, unconditional
@@ -103,7 +103,7 @@ class Stopwatch:
         return watched
 
     def _run(self, executor, *args, **kwargs):
-        clock = _DeviceClock(torch.device(executor.class_obj.model_patcher.load_device))
+        clock = DeviceClock(torch.device(executor.class_obj.model_patcher.load_device))
         run = _OpenRun(clock)
         self._open.append(run)
         clock.synchronise()

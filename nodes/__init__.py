@@ -9,7 +9,7 @@ from .declare import Node
 
 PALETTES = (
     "tiny", "samplers", "schedules", "inversion", "pictures", "guidance", "steering", "metrics", "compare",
-    "editing", "masks", "prediction",
+    "editing", "masks", "prediction", "caching",
 )
 
 

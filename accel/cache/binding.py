@@ -1,0 +1,154 @@
+"""The engine on a MODEL: two wrappers under one key, nothing in the network and nothing in the node.
+
+OUTER_SAMPLE opens a Run and puts it into the options of that sampling alone; APPLY_MODEL, moved outermost, asks it about every model call.
+Without a Run (training, a direct call of the model) calls pass untouched.
+"""
+
+from __future__ import annotations
+
+import time
+from typing import Any
+
+import torch
+
+from ...errors import input_error
+from ...families.arch import arch_spec
+from ...families.blocks import parse_blocks
+from ...metrics.stopwatch import DeviceClock
+from .report import CacheLog
+from .store import Key
+from .targets import TARGETS, BlockTarget, Call, OutputTarget
+from .visits import CachePlan, Run
+
+__all__ = ["attach", "detach", "is_attached", "make_target"]
+
+KEY = "rectiflow_cache"
+RUN = "rectiflow_cache_run"
+OUTER, APPLY = "outer_sample", "apply_model"
+
+
+def make_target(plan: CachePlan, transformer: Any, where: str) -> OutputTarget | BlockTarget:
+    """The target as this transformer can give it.
+
+    Raises: NodeInputError for a transformer without block patches, or a range with gaps.
+    """
+    if plan.target not in TARGETS:
+        raise input_error(where, "granularity", plan.target, ", ".join(TARGETS), "Choose one of these.")
+    if plan.target == "output":
+        return OutputTarget()
+    arch = arch_spec(transformer)
+    if arch is None:
+        remedy = "Set granularity to output."
+        raise input_error(where, "granularity", plan.target, f"output: the blocks of {type(transformer).__name__} have no patches", remedy)
+    blocks = arch.blocks
+    if plan.target == "block_delta" and plan.blocks.strip():
+        chosen = parse_blocks(plan.blocks, arch.layout, where)
+        first = arch.blocks.index(chosen[0])
+        blocks = arch.blocks[first : first + len(chosen)]
+        if blocks != chosen:
+            allowed = f"one range without gaps in {arch.layout}"
+            raise input_error(where, "blocks", plan.blocks, allowed, "Name blocks that follow each other, such as double:1-, single.")
+    return BlockTarget(arch, blocks, plan.target == "block_delta")
+
+
+def is_attached(model: Any) -> bool:
+    return bool(model.wrappers.get(OUTER, {}).get(KEY))
+
+
+def attach(model: Any, plan: CachePlan, log: CacheLog, where: str) -> Any:
+    """A clone of MODEL `model` that samples with `plan` and reports to `log`.
+
+    Raises: NodeInputError for a model that has a cache already, for limits out of range, and see make_target.
+    """
+    if is_attached(model):
+        remedy = "Keep one cache node between model and sampler, or put Cache Off between the two."
+        raise input_error(where, "model", "a model with a cache", "a model without one: two would forecast from forecasts", remedy)
+    plan.limits.check(where)
+    make_target(plan, model.get_model_object("diffusion_model"), where)
+    cached = model.clone()
+
+    def around_run(executor, *args, **kwargs):
+        return _sampling(plan, log, where, executor, args, kwargs)
+
+    cached.add_wrapper_with_key(OUTER, KEY, around_run)
+    cached.add_wrapper_with_key(APPLY, KEY, _model_call)
+    return cached
+
+
+def detach(model: Any) -> Any:
+    """A clone of MODEL `model` without our wrappers."""
+    bare = model.clone()
+    for kind in (OUTER, APPLY):
+        bare.remove_wrappers_with_key(kind, KEY)
+    return bare
+
+
+def _sampling(plan: CachePlan, log: CacheLog, where: str, executor: Any, args: tuple, kwargs: dict) -> Any:
+    guider = executor.class_obj
+    patcher = guider.model_patcher
+    sigmas = kwargs["sigmas"] if "sigmas" in kwargs else args[3]
+    target = make_target(plan, patcher.get_model_object("diffusion_model"), where)
+    clock = DeviceClock(torch.device(patcher.load_device))
+    run = Run(plan, target, sigmas.tolist(), clock.device)
+    options = guider.model_options.setdefault("transformer_options", {})
+    outer, order = options.get(RUN), options.get("wrappers", {}).get(APPLY)
+    options[RUN] = run
+    if order is not None:
+        options["wrappers"][APPLY] = {KEY: order[KEY], **order}
+    clock.synchronise()
+    start, finished = time.perf_counter(), False
+    try:
+        result = executor(*args, **kwargs)
+        finished = True
+        return result
+    finally:
+        clock.synchronise()
+        log.add(run.close(time.perf_counter() - start, finished))
+        if outer is None:
+            options.pop(RUN, None)
+        else:
+            options[RUN] = outer
+        if order is not None:
+            options["wrappers"][APPLY] = order
+
+
+def _model_call(executor, *args, **kwargs):
+    """x and t stand first; the options are a keyword, or the last dictionary among the arguments. All else passes through."""
+    place = None
+    options = kwargs.get("transformer_options")
+    if options is None:
+        place = next((i for i in range(len(args) - 1, -1, -1) if isinstance(args[i], dict)), None)
+        options = {} if place is None else args[place]
+    run: Run | None = options.get(RUN)
+    uuids, kinds = options.get("uuids") or (), options.get("cond_or_uncond") or ()
+    if run is None or run.inside or not uuids or len(uuids) != len(kinds) or len(args) < 2 or args[0].shape[0] % len(uuids):
+        return executor(*args, **kwargs)
+    sigmas = args[1].tolist()
+    if any(sigma != sigmas[0] for sigma in sigmas):
+        run.record.note("a call whose rows are at different sigmas passed untouched")
+        return executor(*args, **kwargs)
+
+    def go_on(changed: dict) -> torch.Tensor:
+        if place is None:
+            return executor(*args, **{**kwargs, "transformer_options": changed})
+        return executor(*args[:place], changed, *args[place + 1 :], **kwargs)
+
+    keys, owners = _keys(executor.class_obj, options, uuids, kinds)
+    run.inside = True  # a host that merges wrappers twice calls this function within itself
+    try:
+        return run.handle(Call(args[0], sigmas[0], options, go_on), keys, owners)
+    finally:
+        run.inside = False
+
+
+def _keys(base_model: Any, options: dict, uuids: Any, kinds: Any) -> tuple[list[Key], tuple]:
+    """A Key a part of the batch, and the objects they name by identity."""
+    patches = {**options.get("patches_replace", {}).get("dit", {}), "attention": options.get("optimized_attention_override")}
+    patches = {name: patch for name, patch in patches.items() if patch is not None}
+    variant = tuple(sorted(((str(name), id(patch)) for name, patch in patches.items())))
+    group = getattr(getattr(base_model, "current_patcher", None), "current_hooks", None)
+    hooks = tuple((id(hook), float(getattr(hook, "strength", 1.0))) for hook in getattr(group, "hooks", ()))
+    window = getattr(options.get("context_window"), "index_list", None)
+    window = None if window is None else tuple(window)
+    keys = [Key(uuid, int(kind), window, hooks, variant) for uuid, kind in zip(uuids, kinds)]
+    return keys, (*patches.values(), *getattr(group, "hooks", ()))

@@ -1,0 +1,33 @@
+"""The tiny model, loaded once, and the shortest way to put a cache on it."""
+
+from __future__ import annotations
+
+import pytest
+from rectiflow.accel.cache.binding import attach
+from rectiflow.accel.cache.policy import Limits
+from rectiflow.accel.cache.report import CacheLog
+from rectiflow.accel.cache.store import StoreOptions
+from rectiflow.accel.cache.taylor import TaylorSeer
+from rectiflow.accel.cache.visits import CachePlan
+from rectiflow.host.embedded import HostSettings, make_host, use_host
+from rectiflow.tests.contract.tiny_runs import TinyRuns
+
+
+@pytest.fixture(scope="session")
+def tiny(tmp_path_factory) -> TinyRuns:
+    made = make_host(tmp_path_factory.mktemp("accel"), settings=HostSettings(device="cpu", dtype="fp32"))
+    with use_host(made):
+        return TinyRuns(made)
+
+
+@pytest.fixture
+def cached(tiny):
+    """cached(target=…, interval=…, order=…): (MODEL, CacheLog), TaylorSeer with a warm-up of two steps."""
+
+    def make(target="last_block", interval=2, order=1, model=None, cap=0, blocks="", **limits):
+        log = CacheLog()
+        limits = Limits(**{"warmup_steps": 2, "tail_steps": 1, **limits})
+        plan = CachePlan(TaylorSeer(order=order, interval=interval), target, limits, StoreOptions(cap=cap), blocks)
+        return attach(model or tiny.model, plan, log, "test"), log
+
+    return make
