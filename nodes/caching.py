@@ -120,7 +120,7 @@ class RectiflowCacheReport(Node):
     SEARCH_ALIASES = ["cache", "hit ratio", "speed"]
     INPUTS = (
         socket("report", "CACHE_REPORT", "From a cache node."),
-        socket("after", "*", "The sampler's output, or anything made from it: the report waits for it."),
+        socket("after", "LATENT", "The output of the sampler that took the cached model: the report waits for it."),
     )
     OUTPUTS = (
         Output("STRING", "text", "To read; link it to Preview Any."),

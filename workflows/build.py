@@ -37,6 +37,10 @@ NOTES = {
         "Change the words in **Prompt**: *style thing on colour*, for example `twemoji rocket on black` (**Tiny Model Words** lists all). "
         "Another **seed** gives another picture; cfg 2 to 3 and 20 to 50 steps suit this model."
     ),
+    "taylor_forecast": (
+        "Half of the 50 steps are computed, the others are forecast; **Report** says which, and what that took. Change **interval**: 1 is "
+        "the plain model, 4 shows where the picture starts to change; **order** 0 repeats steps in place of continuing their slope."
+    ),
     "image_to_image": (
         "Change **denoise**: 0.4 keeps most of the picture, 0.9 nearly nothing of it. "
         "Put **Load Image** in place of **Example Picture** to use a picture of your own, best 64×64."
@@ -66,6 +70,10 @@ NOTES = {
         "One noise, one prompt, five ways to guide: at cfg 8 the plain rule burns the colours, and each option of **Flow Guider** "
         "holds it back in another way. Change **cfg** in all of them, or the **seed**."
     ),
+    "steering_masked_edit": (
+        "Sunglasses for a face, nothing inverted: **Flow Guider** edits inside the mask, **Flow Edit Cost** keeps the rest. "
+        "Change the words in **Edit** or the **seed**; full_until 0.95 with beta 0.3 keeps more of what was under the mask."
+    ),
     "steering_inpaint": (
         "The eyes are unknown to the model: it paints them while **FlowChef Sampler** keeps the rest. "
         "Another **seed** gives other eyes; **beta** in **Flow Latent Cost** says how hard the known part is held from the start."
@@ -93,10 +101,6 @@ NOTES = {
     "editing_methods": (
         "Six methods edit one picture at about 56 model calls each; the figure is the likeness to the picture, the table has costs. "
         "Change the lines of **methods**: RF-Edit keeps more with more inject_steps, FlowEdit with more skip, RF-Inversion with a late end."
-    ),
-    "steering_masked_edit": (
-        "Sunglasses for a face, nothing inverted: **Flow Guider** edits inside the mask, **Flow Edit Cost** keeps the rest. "
-        "Change the words in **Edit** or the **seed**; full_until 0.95 with beta 0.3 keeps more of what was under the mask."
     ),
 }
 
