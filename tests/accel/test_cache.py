@@ -171,8 +171,8 @@ def test_the_same_model_run_twice_and_in_other_sizes_gives_the_same(tiny, cached
     assert [run.full_visits for run in log.runs] == [4, 4, 4] and ladders_alive() == 0
 
 
-@pytest.mark.parametrize("error", [RuntimeError, InterruptedError, KeyboardInterrupt])
-@pytest.mark.parametrize("at", [0, 1, 3, 6])
+@pytest.mark.parametrize("error", [RuntimeError, KeyboardInterrupt])
+@pytest.mark.parametrize("at", [0, 3, 6])
 def test_a_failure_at_any_call_leaves_nothing_behind(tiny, cached, at, error):
     calls = Calls(at, error)
     model, log = cached("last_block", interval=3, model=calls.on(tiny.model))
