@@ -15,7 +15,6 @@ mean over four sigmas and eight noises, divided by their sum. Above 0 the model 
 from __future__ import annotations
 
 import argparse
-import csv
 import statistics
 import time
 from pathlib import Path
@@ -29,8 +28,8 @@ from rectiflow.samplers.feature_sharing import EDIT_SOLVERS
 from rectiflow.samplers.inversion import INVERTERS, InvertSampler, inversion_sigmas
 from rectiflow.samplers.registry import SOLVERS
 from rectiflow.samplers.sampler_object import FlowSampler
+from table import write_table
 
-RESULTS = Path(__file__).parent / "results"
 BUDGETS = (20, 40, 60, 120)
 HOST = HostCalls(sample_custom, calc_cond_batch, cfg_function, CFGGuider, KSAMPLER)
 PROMPTS = {"smiling cat": ("noto cat on white", "noto dog on white"), "smiling face": ("noto smile on white", "noto angry on white")}
@@ -71,18 +70,6 @@ class Bench:
     def margin(self, latent: torch.Tensor, source: list, target: list) -> float:
         under_source, under_target = self.velocity_error(latent, source), self.velocity_error(latent, target)
         return (under_source - under_target) / (under_source + under_target)
-
-
-def write(name: str, header: list[str], rows: list[list]) -> None:
-    RESULTS.mkdir(parents=True, exist_ok=True)
-    with open(RESULTS / f"editing_{name}.csv", "w", newline="") as file:
-        writer = csv.writer(file, lineterminator="\n")
-        writer.writerow(header)
-        writer.writerows(rows)
-    widths = [max(len(str(row[column])) for row in [header, *rows]) for column in range(len(header))]
-    print(f"\n{name}")
-    for row in [header, *rows]:
-        print("  " + "  ".join(str(value).ljust(width) for value, width in zip(row, widths, strict=True)), flush=True)
 
 
 def load_pictures(folder: str | None) -> list[tuple[str, torch.Tensor]]:
@@ -143,7 +130,8 @@ def bench_reconstruction(bench: Bench, pictures: list[tuple[str, torch.Tensor]],
             mse, psnr, ssim, apart, std = (statistics.mean(column) for column in zip(*found))
             figures_shown = [f"{mse:.6f}", f"{psnr:.2f}", f"{ssim:.4f}", f"{apart:.4f}", f"{std:.3f}"]
             rows.append([budget, name, calls_of(name, steps), steps, *figures_shown])
-    write("reconstruction", ["budget", "inversion", "nfe", "steps", "mse", "psnr", "ssim", "feature_distance", "noise_std"], rows)
+    header = ["budget", "inversion", "nfe", "steps", "mse", "psnr", "ssim", "feature_distance", "noise_std"]
+    write_table("editing_reconstruction", header, rows)
 
 
 def bench_editing(bench: Bench) -> None:
@@ -165,7 +153,7 @@ def bench_editing(bench: Bench) -> None:
             score = f"{bench.margin(edited, task.source, task.target):+.4f}"
             rows.append([name, method.text, calls, model_rows, f"{seconds:.2f}", *shown, f"{float(outside.ssim.mean()):.3f}", score])
     header = ["picture", "method", "calls", "rows", "seconds", "psnr_background", "psnr_inside", "ssim_background", "class_margin"]
-    write("methods", header, rows)
+    write_table("editing_methods", header, rows)
 
 
 def bench_features(bench: Bench, rounds: int) -> None:
@@ -192,7 +180,7 @@ def bench_features(bench: Bench, rounds: int) -> None:
     for label, runs in found.items():
         held, remade, _, _, after = runs[-1]
         rows.append([label, held, remade, f"{min(run[2] for run in runs):.3f}", f"{min(run[3] for run in runs):.3f}", after])
-    write("features", ["features", "bytes_held", "made_again", "inversion_s", "edit_s", "bytes_after"], rows)
+    write_table("editing_features", ["features", "bytes_held", "made_again", "inversion_s", "edit_s", "bytes_after"], rows)
 
 
 def main() -> None:

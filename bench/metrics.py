@@ -15,7 +15,6 @@ import csv
 import statistics
 import time
 from functools import partial
-from pathlib import Path
 
 import torch
 from rectiflow import NODE_CLASS_MAPPINGS as NODES
@@ -23,20 +22,7 @@ from rectiflow.host import CFGGuider, prepare_noise, sampler_object
 from rectiflow.metrics.fidelity import figures, psnr, ssim
 from rectiflow.samplers.straightness import PathRecord, sample_recorded, straightness
 from rectiflow.tests.samplers.flows import GaussianFlow, MixtureFlow
-
-RESULTS = Path(__file__).parent / "results"
-
-
-def write(name: str, header: list[str], rows: list[list]) -> None:
-    RESULTS.mkdir(parents=True, exist_ok=True)
-    with open(RESULTS / f"metrics_{name}.csv", "w", newline="") as file:
-        writer = csv.writer(file, lineterminator="\n")
-        writer.writerow(header)
-        writer.writerows(rows)
-    widths = [max(len(str(row[column])) for row in [header, *rows]) for column in range(len(header))]
-    print(f"\n{name}")
-    for row in [header, *rows]:
-        print("  " + "  ".join(str(value).ljust(width) for value, width in zip(row, widths, strict=True)))
+from table import write_table
 
 
 class Noise:
@@ -91,7 +77,7 @@ def bench_straightness(tiny: Tiny, quick: bool) -> None:
             noise=Noise(), guider=tiny.guider(cfg), sigmas=uniform(steps), latent_image=empty(paths)
         )
         rows.append([f"tiny model, cfg {cfg:g}, {paths} paths", steps, f"{value:.5f}", f"{relative:.4f}", ""])
-    write("straightness", ["flow", "steps", "S", "relative", "off_1000_steps"], rows)
+    write_table("metrics_straightness", ["flow", "steps", "S", "relative", "off_1000_steps"], rows)
 
 
 def bench_solvers(tiny: Tiny, quick: bool) -> None:
@@ -101,7 +87,7 @@ def bench_solvers(tiny: Tiny, quick: bool) -> None:
         reference_steps=8 if quick else 40, scale=1,
     )  # fmt: skip
     header, *rows = csv.reader(table.splitlines())
-    write("solvers", header, rows)
+    write_table("metrics_solvers", header, rows)
     print("  " + report.splitlines()[-1])
 
 
@@ -128,7 +114,7 @@ def bench_distances(tiny: Tiny, quick: bool) -> None:
             image=changed, reference=cat, sigma=0.2, blocks="double:1-2, single:0-2", seed=0
         )
         rows.append([name, f"{float(found.psnr):.2f}", f"{float(found.ssim):.4f}", f"{distance:.4f}"])
-    write("distances", ["change to the cat", "psnr_db", "ssim", "feature_distance"], rows)
+    write_table("metrics_distances", ["change to the cat", "psnr_db", "ssim", "feature_distance"], rows)
 
 
 def seconds_of(call, rounds: int) -> float:
@@ -156,7 +142,7 @@ def bench_cost(tiny: Tiny, quick: bool) -> None:
             times[name].append(time.perf_counter() - start)
     for name, values in times.items():
         rows.append([f"run of 4 calls {name} stopwatch, fastest", f"{1000 * min(values):.2f}"])
-    write("cost", ["what", "milliseconds"], rows)
+    write_table("metrics_cost", ["what", "milliseconds"], rows)
 
 
 TABLES = {"straightness": bench_straightness, "solvers": bench_solvers, "distances": bench_distances, "cost": bench_cost}

@@ -10,30 +10,16 @@ Everything is on the CPU. The flows are those of tests/samplers/flows.py.
 from __future__ import annotations
 
 import argparse
-import csv
 import statistics
 import time
-from pathlib import Path
 
 import torch
 from rectiflow.samplers.registry import SOLVERS
 from rectiflow.tests.samplers.flows import MixtureFlow, fitted_order, rk4_reference, rmse
+from table import write_table
 
-RESULTS = Path(__file__).parent / "results"
 STEPS = (20, 40, 80, 160)
 BUDGETS = (20, 40, 60, 120)
-
-
-def write(name: str, header: list[str], rows: list[list]) -> None:
-    RESULTS.mkdir(parents=True, exist_ok=True)
-    with open(RESULTS / f"samplers_{name}.csv", "w", newline="") as file:
-        writer = csv.writer(file, lineterminator="\n")
-        writer.writerow(header)
-        writer.writerows(rows)
-    widths = [max(len(str(row[column])) for row in [header, *rows]) for column in range(len(header))]
-    print(f"\n{name}")
-    for row in [header, *rows]:
-        print("  " + "  ".join(str(value).ljust(width) for value, width in zip(row, widths, strict=True)))
 
 
 def rising(steps: int) -> torch.Tensor:
@@ -53,7 +39,7 @@ def bench_order(flow: MixtureFlow, data: torch.Tensor, noise: torch.Tensor) -> N
     for name, solver in SOLVERS.items():
         errors = [rmse(solver.function(flow, data, rising(steps)), noise) for steps in STEPS]
         rows.append([name, solver.order, f"{fitted_order(list(STEPS), errors):.3f}", *(f"{error:.3g}" for error in errors)])
-    write("order", ["solver", "theory", "fitted", *(f"rmse_{steps}_steps" for steps in STEPS)], rows)
+    write_table("samplers_order", ["solver", "theory", "fitted", *(f"rmse_{steps}_steps" for steps in STEPS)], rows)
 
 
 def bench_round_trip(flow: MixtureFlow, data: torch.Tensor, noise: torch.Tensor) -> None:
@@ -67,7 +53,7 @@ def bench_round_trip(flow: MixtureFlow, data: torch.Tensor, noise: torch.Tensor)
             z = solver.function(flow, data, rising(steps))
             back = solver.function(flow, z, rising(steps).flip(0))
             rows.append([name, budget, flow.calls, steps, f"{rmse(back, data):.3g}", f"{rmse(z, noise):.3g}"])
-    write("round_trip", ["solver", "budget_nfe", "counted_nfe", "steps", "rmse_round_trip", "rmse_noise"], rows)
+    write_table("samplers_round_trip", ["solver", "budget_nfe", "counted_nfe", "steps", "rmse_round_trip", "rmse_noise"], rows)
 
 
 def tiny_denoiser():
@@ -106,7 +92,7 @@ def bench_overhead(rounds: int, steps: int = 20) -> None:
         seconds = statistics.median(bare)
         measured = [f"{seconds:.4f}", f"{statistics.median(ours):.4f}", f"{own * 1e6 / steps:.0f}", f"{100 * own / seconds:.2f}"]
         rows.append([name, len(asked), *measured])
-    write("overhead", ["solver", "calls", "bare_loop_s", "sampler_s", "own_us_per_step", "own_percent"], rows)
+    write_table("samplers_overhead", ["solver", "calls", "bare_loop_s", "sampler_s", "own_us_per_step", "own_percent"], rows)
 
 
 def main() -> None:

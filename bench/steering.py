@@ -11,10 +11,8 @@ Pictures: the two that ship (the model was not trained on them) and their mirror
 from __future__ import annotations
 
 import argparse
-import csv
 import statistics
 import time
-from pathlib import Path
 
 import torch
 from rectiflow import NODE_CLASS_MAPPINGS as NODES
@@ -26,22 +24,10 @@ from rectiflow.samplers.operators import Blur, Chain, Downsample, Grayscale, Mas
 from rectiflow.samplers.solvers import sample_euler
 from rectiflow.samplers.steering import sample_flowchef
 from rectiflow.tests.samplers.flows import MixtureFlow
+from table import write_table
 from torch.nn.functional import interpolate
 
-RESULTS = Path(__file__).parent / "results"
 CAPTIONS = {"smiling cat": "noto cat on white", "smiling face": "noto smile on white"}
-
-
-def write(name: str, header: list[str], rows: list[list]) -> None:
-    RESULTS.mkdir(parents=True, exist_ok=True)
-    with open(RESULTS / f"steering_{name}.csv", "w", newline="") as file:
-        writer = csv.writer(file, lineterminator="\n")
-        writer.writerow(header)
-        writer.writerows(rows)
-    widths = [max(len(str(row[column])) for row in [header, *rows]) for column in range(len(header))]
-    print(f"\n{name}")
-    for row in [header, *rows]:
-        print("  " + "  ".join(str(value).ljust(width) for value, width in zip(row, widths, strict=True)))
 
 
 def bench_mixture(points: int) -> None:
@@ -60,7 +46,7 @@ def bench_mixture(points: int) -> None:
             ).flatten(1)
             right = torch.cdist(out[:, 8:], flow.means[:, 8:]).argmin(1) == component
             rows.append([steps, beta, f"{float(right.double().mean()):.3f}", published.get((steps, beta), "")])
-    write("mixture", ["steps", "beta", "right_component", "published"], rows)
+    write_table("steering_mixture", ["steps", "beta", "right_component", "published"], rows)
 
 
 class Tiny:
@@ -134,7 +120,7 @@ def bench_problems(tiny: Tiny, seeds: int, steps: int = 30) -> None:
         for label, values in found.items():
             means = [statistics.fmean(column) for column in zip(*values)]
             rows.append([name, label, f"{means[0]:.2f}", f"{means[1]:.3f}", f"{means[2]:.2f}"])
-    write("problems", ["problem", "result", "psnr_db", "ssim", "psnr_measured_db"], rows)
+    write_table("steering_problems", ["problem", "result", "psnr_db", "ssim", "psnr_measured_db"], rows)
 
 
 def through_the_model(model, x, sigmas, gradient, beta: float):
@@ -187,7 +173,7 @@ def bench_cost(tiny: Tiny, rounds: int, steps: int = 10) -> None:
     for name in runs:
         median = statistics.median(seconds[name])
         rows.append([name, f"{median:.3f}", f"{median / base:.2f}", f"{memory[name] / 2**20:.2f}", f"{memory[name] / memory['euler']:.3f}"])
-    write("cost", ["run", "seconds", "times_euler", "peak_mib", "memory_of_euler"], rows)
+    write_table("steering_cost", ["run", "seconds", "times_euler", "peak_mib", "memory_of_euler"], rows)
 
 
 def bench_guidance(tiny: Tiny, seeds: int, steps: int = 24) -> None:
@@ -224,7 +210,7 @@ def bench_guidance(tiny: Tiny, seeds: int, steps: int = 24) -> None:
             seconds = time.perf_counter() - start
             row = [cfg, name, f"{statistics.fmean(spread):.3f}", f"{100 * statistics.fmean(burnt):.1f}", f"{asked:.2f}", f"{seconds:.1f}"]
             rows.append(row)
-    write("guidance", ["cfg", "rule", "latent_spread", "burnt_percent", "rows_per_step", "seconds"], rows)
+    write_table("steering_guidance", ["cfg", "rule", "latent_spread", "burnt_percent", "rows_per_step", "seconds"], rows)
 
 
 def main() -> None:
