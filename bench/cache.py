@@ -8,11 +8,9 @@ the uncached run of the same noise: wall-clock ratio (median of the rounds, the 
 from __future__ import annotations
 
 import argparse
-import csv
 import statistics
 import time
 from dataclasses import dataclass
-from pathlib import Path
 
 import torch
 from rectiflow import NODE_CLASS_MAPPINGS as NODES
@@ -23,8 +21,8 @@ from rectiflow.accel.cache.taylor import TaylorSeer
 from rectiflow.accel.cache.visits import CachePlan
 from rectiflow.host import CFGGuider, calculate_sigmas, prepare_noise, sampler_object
 from rectiflow.metrics.fidelity import psnr
+from table import write_csv
 
-RESULTS = Path(__file__).parent / "results"
 PROMPTS = ("noto cat on blue", "noto fox on green", "twemoji rocket on black", "noto watermelon on blue")
 HEADER = ["steps", "target", "interval", "order", "basis", "calls", "of", "wall_ratio", "psnr_mean", "psnr_worst", "peak_kib"]
 
@@ -99,11 +97,7 @@ def main() -> None:
         for setting in SETTINGS:
             rows.append(bench.row(setting, steps, arguments.rounds))
             print("  ".join(f"{name} {value}" for name, value in zip(HEADER, rows[-1])), flush=True)
-    RESULTS.mkdir(parents=True, exist_ok=True)
-    with open(RESULTS / "cache.csv", "w", newline="") as file:
-        writer = csv.writer(file, lineterminator="\n")
-        writer.writerow(HEADER)
-        writer.writerows(rows)
+    write_csv("cache", HEADER, rows)
 
 
 if __name__ == "__main__":

@@ -12,7 +12,6 @@ A section is a function that takes `Options` and returns a `Table`; a new one is
 from __future__ import annotations
 
 import argparse
-import csv
 import json
 import os
 import platform
@@ -25,8 +24,9 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from table import write_table
+
 HERE = Path(__file__).resolve().parent
-RESULTS = HERE / "results"
 TEXT_TO_IMAGE = HERE.parent / "workflows" / "api" / "text_to_image.json"
 GRAPH_NODES = 200
 GRAPH_SHAPES = ("chain", "groups")
@@ -199,16 +199,8 @@ def memory(options: Options) -> Table:
 SECTIONS: dict[str, Callable[[Options], Table]] = {"graph": graph, "steps": steps, "run": run, "memory": memory}
 
 
-def write(name: str, table: Table) -> None:
-    RESULTS.mkdir(parents=True, exist_ok=True)
-    with open(RESULTS / f"host_{name}.csv", "w", newline="") as file:
-        writer = csv.writer(file, lineterminator="\n")
-        writer.writerow(table.header)
-        writer.writerows(table.rows)
-    widths = [max(len(str(row[column])) for row in [table.header, *table.rows]) for column in range(len(table.header))]
-    print(f"\n{name}")
-    for row in [table.header, *table.rows]:
-        print("  " + "  ".join(str(value).ljust(width) for value, width in zip(row, widths, strict=True)))
+def show(name: str, table: Table) -> None:
+    write_table(f"host_{name}", table.header, table.rows)
     for note in table.notes:
         print(f"  {note}")
 
@@ -222,7 +214,7 @@ def main() -> None:
     if unknown:
         parser.error(f"no section {', '.join(sorted(unknown))}; there are {', '.join(SECTIONS)}")
     for name in arguments.sections or SECTIONS:
-        write(name, SECTIONS[name](Options(quick=arguments.quick)))
+        show(name, SECTIONS[name](Options(quick=arguments.quick)))
 
 
 if __name__ == "__main__":

@@ -6,16 +6,13 @@ them are from the exact conditional, for every way of showing the given part, at
 
 from __future__ import annotations
 
-import csv
-from pathlib import Path
-
 import torch
 from rectiflow.host import KSAMPLER, sampler_object
 from rectiflow.samplers.known_part import present_known
 from rectiflow.samplers.repaint import sample_repaint
 from rectiflow.tests.samplers.video_flow import FrameTimes, Interpolation, OneTime, calls, draw
+from table import write_csv
 
-RESULTS = Path(__file__).parent / "results"
 HEADER = ["model", "known", "sampler", "model_calls", "error_of_coefficients", "spread_over_exact"]
 
 
@@ -40,9 +37,7 @@ def main() -> None:
         coefficients, spread = truth.errors(out)
         rows.append([kind.__name__, known, name, len(calls(truth.model)), f"{coefficients:.3f}", f"{spread:.3f}"])
         print("  ".join(str(value).ljust(12) for value in rows[-1]))
-    RESULTS.mkdir(parents=True, exist_ok=True)
-    with open(RESULTS / "masks_interpolation.csv", "w", newline="") as file:
-        csv.writer(file, lineterminator="\n").writerows([HEADER, *rows])
+    write_csv("masks_interpolation", HEADER, rows)
 
 
 if __name__ == "__main__":

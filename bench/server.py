@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import argparse
 import asyncio
-import csv
 import json
 import platform
 import statistics
@@ -20,9 +19,9 @@ from pathlib import Path
 import aiohttp
 import torch
 from rectiflow.tests.server.process import ServerProcess
+from table import write_csv
 
 ROOT = Path(__file__).resolve().parents[1]
-RESULTS = ROOT / "bench" / "results"
 SOCKETS = 20
 GOAL_MS = 50
 REFUSED = {"prompt": {"1": {"class_type": "VAEDecode", "inputs": {}}, "2": {"class_type": "PreviewImage", "inputs": {"images": ["1", 0]}}}}
@@ -102,11 +101,8 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as folder, ServerProcess(Path(folder), pack=None) as server:
         rows = asyncio.run(bench(server, rounds))
     machine = f"{platform.machine()}, {torch.get_num_threads()} threads, {platform.system()}"
-    RESULTS.mkdir(parents=True, exist_ok=True)
-    with open(RESULTS / "server_latency.csv", "w", newline="") as file:
-        writer = csv.writer(file, lineterminator="\n")
-        writer.writerow(["load", "request", "requests", "p50_ms", "p99_ms", "worst_ms", "sockets", "torch", "machine"])
-        writer.writerows([*row, SOCKETS, torch.__version__, machine] for row in rows)
+    header = ["load", "request", "requests", "p50_ms", "p99_ms", "worst_ms", "sockets", "torch", "machine"]
+    write_csv("server_latency", header, [[*row, SOCKETS, torch.__version__, machine] for row in rows])
     p99 = next(float(row[4]) for row in rows if row[:2] == ["sampling", "GET /queue"])
     print(f"goal: /queue below {GOAL_MS} ms at p99 while sampling: {'met' if p99 < GOAL_MS else 'missed'}")
 
