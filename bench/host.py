@@ -14,7 +14,6 @@ from __future__ import annotations
 import argparse
 import json
 import os
-import platform
 import statistics
 import subprocess
 import sys
@@ -24,7 +23,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from table import write_table
+from table import machine, write_table
 
 HERE = Path(__file__).resolve().parent
 TEXT_TO_IMAGE = HERE.parent / "workflows" / "api" / "text_to_image.json"
@@ -45,15 +44,6 @@ class Table:
     header: Sequence[str]
     rows: Sequence[Sequence]
     notes: Sequence[str] = ()
-
-
-def machine() -> str:
-    """Processor and core count, for the reader of a result."""
-    name = platform.processor() or platform.machine()
-    info = Path("/proc/cpuinfo")
-    if info.exists():
-        name = next((line.split(":", 1)[1].strip() for line in info.read_text().splitlines() if line.startswith("model name")), name)
-    return f"{name}, {os.cpu_count()} cores, {platform.system()}"
 
 
 def spread(values: Sequence[float]) -> tuple[float, float, float]:

@@ -10,14 +10,12 @@ from __future__ import annotations
 import argparse
 import asyncio
 import json
-import platform
 import statistics
 import tempfile
 import time
 from pathlib import Path
 
 import aiohttp
-import torch
 from rectiflow.tests.server.process import ServerProcess
 from table import write_csv
 
@@ -100,9 +98,7 @@ def main() -> None:
     rounds = 50 if parser.parse_args().quick else 500
     with tempfile.TemporaryDirectory() as folder, ServerProcess(Path(folder), pack=None) as server:
         rows = asyncio.run(bench(server, rounds))
-    machine = f"{platform.machine()}, {torch.get_num_threads()} threads, {platform.system()}"
-    header = ["load", "request", "requests", "p50_ms", "p99_ms", "worst_ms", "sockets", "torch", "machine"]
-    write_csv("server_latency", header, [[*row, SOCKETS, torch.__version__, machine] for row in rows])
+    write_csv("server_latency", ["load", "request", "requests", "p50_ms", "p99_ms", "worst_ms", "sockets"], [[*row, SOCKETS] for row in rows])
     p99 = next(float(row[4]) for row in rows if row[:2] == ["sampling", "GET /queue"])
     print(f"goal: /queue below {GOAL_MS} ms at p99 while sampling: {'met' if p99 < GOAL_MS else 'missed'}")
 
