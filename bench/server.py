@@ -98,7 +98,8 @@ def main() -> None:
     rounds = 50 if parser.parse_args().quick else 500
     with tempfile.TemporaryDirectory() as folder, ServerProcess(Path(folder), pack=None) as server:
         rows = asyncio.run(bench(server, rounds))
-    write_csv("server_latency", ["load", "request", "requests", "p50_ms", "p99_ms", "worst_ms", "sockets"], [[*row, SOCKETS] for row in rows])
+    header = ["load", "request", "requests", "p50_ms", "p99_ms", "worst_ms", "sockets"]
+    write_csv("server_latency", header, [[*row, SOCKETS] for row in rows])
     p99 = next(float(row[4]) for row in rows if row[:2] == ["sampling", "GET /queue"])
     print(f"goal: /queue below {GOAL_MS} ms at p99 while sampling: {'met' if p99 < GOAL_MS else 'missed'}")
 

@@ -52,7 +52,7 @@ def surroundings(comfyui: str = "") -> dict[str, str]:
 
 
 def write_csv(name: str, header: Sequence[str], rows: Iterable[Sequence], comfyui: str = "") -> None:
-    """Write the rows to bench/results/<name>.csv under their header, and behind them those of `surroundings` that it does not name itself."""
+    """Write the rows to bench/results/<name>.csv, and after their columns those of `surroundings` that the header does not name itself."""
     about = {column: value for column, value in surroundings(comfyui).items() if column not in header}
     RESULTS.mkdir(parents=True, exist_ok=True)
     with open(RESULTS / f"{name}.csv", "w", newline="") as file:
