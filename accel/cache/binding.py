@@ -12,12 +12,13 @@ from typing import Any
 import torch
 
 from ...errors import input_error
-from ...families.arch import arch_spec
-from ...families.blocks import parse_blocks
+from ...families.arch import ArchSpec, arch_spec
+from ...families.blocks import BlockKey, parse_blocks
+from ...families.modulation import modulated_input
 from ...metrics.stopwatch import DeviceClock
 from .report import CacheLog
 from .store import Key
-from .targets import TARGETS, BlockTarget, Call, OutputTarget
+from .targets import TARGETS, BlockTarget, Call, OutputTarget, Target
 from .visits import CachePlan, Run
 
 __all__ = ["attach", "detach", "is_attached", "make_target"]
@@ -27,28 +28,43 @@ RUN = "rectiflow_cache_run"
 OUTER, APPLY = "outer_sample", "apply_model"
 
 
-def make_target(plan: CachePlan, transformer: Any, where: str) -> OutputTarget | BlockTarget:
+def make_target(plan: CachePlan, transformer: Any, where: str) -> Target:
     """The target as this transformer can give it.
 
-    Raises: NodeInputError for a transformer without block patches, or a range with gaps.
+    Raises: NodeInputError for a transformer without block patches, a range with gaps, or a gate that the transformer cannot have.
     """
     if plan.target not in TARGETS:
         raise input_error(where, "granularity", plan.target, ", ".join(TARGETS), "Choose one of these.")
-    if plan.target == "output":
-        return OutputTarget()
+    probe = plan.policy.probe
+    inside = probe is not None and probe.at != "latent"
+    if plan.target in ("output", "output_delta"):
+        if inside:
+            remedy = "This rule looks at the first block; choose one of these."
+            raise input_error(where, "granularity", plan.target, "last_block, block_delta", remedy)
+        return OutputTarget(plan.target == "output_delta")
     arch = arch_spec(transformer)
     if arch is None:
-        remedy = "Set granularity to output."
+        remedy = "Use Taylor Forecast Cache, or the rule input_change." if inside else "Set granularity to output."
         raise input_error(where, "granularity", plan.target, f"output: the blocks of {type(transformer).__name__} have no patches", remedy)
-    blocks = arch.blocks
-    if plan.target == "block_delta" and plan.blocks.strip():
-        chosen = parse_blocks(plan.blocks, arch.layout, where)
-        first = arch.blocks.index(chosen[0])
-        blocks = arch.blocks[first : first + len(chosen)]
-        if blocks != chosen:
-            allowed = f"one range without gaps in {arch.layout}"
-            raise input_error(where, "blocks", plan.blocks, allowed, "Name blocks that follow each other, such as double:1-, single.")
-    return BlockTarget(arch, blocks, plan.target == "block_delta")
+    ranges = plan.policy.ranges(arch)
+    if ranges is None:
+        ranges = {"": _chosen_blocks(plan, arch, where)}
+    if not all(ranges.values()):
+        raise input_error(where, "model", f"{len(arch.blocks)} blocks", "a model with more", "Set granularity to output.")
+    modulated = modulated_input(transformer, where) if inside and probe.at == "entry" else None
+    return BlockTarget(arch, ranges, plan.target == "block_delta", modulated)
+
+
+def _chosen_blocks(plan: CachePlan, arch: ArchSpec, where: str) -> tuple[BlockKey, ...]:
+    """The range that the plan names; the whole stack where it names none."""
+    if plan.target != "block_delta" or not plan.blocks.strip():
+        return arch.blocks
+    chosen = parse_blocks(plan.blocks, arch.layout, where)
+    first = arch.blocks.index(chosen[0])
+    if arch.blocks[first : first + len(chosen)] != chosen:
+        allowed = f"one range without gaps in {arch.layout}"
+        raise input_error(where, "blocks", plan.blocks, allowed, "Name blocks that follow each other, such as double:1-, single.")
+    return chosen
 
 
 def is_attached(model: Any) -> bool:
@@ -64,6 +80,7 @@ def attach(model: Any, plan: CachePlan, log: CacheLog, where: str) -> Any:
         remedy = "Keep one cache node between model and sampler, or put Cache Off between the two."
         raise input_error(where, "model", "a model with a cache", "a model without one: two would forecast from forecasts", remedy)
     plan.limits.check(where)
+    plan.policy.check(where)
     make_target(plan, model.get_model_object("diffusion_model"), where)
     cached = model.clone()
 
@@ -87,9 +104,10 @@ def _sampling(plan: CachePlan, log: CacheLog, where: str, executor: Any, args: t
     guider = executor.class_obj
     patcher = guider.model_patcher
     sigmas = kwargs["sigmas"] if "sigmas" in kwargs else args[3]
-    target = make_target(plan, patcher.get_model_object("diffusion_model"), where)
+    transformer = patcher.get_model_object("diffusion_model")
+    target = make_target(plan, transformer, where)
     clock = DeviceClock(torch.device(patcher.load_device))
-    run = Run(plan, target, sigmas.tolist(), clock.device)
+    run = Run(plan, target, sigmas.tolist(), clock.device, arch_spec(transformer), where)
     options = guider.model_options.setdefault("transformer_options", {})
     outer, order = options.get(RUN), options.get("wrappers", {}).get(APPLY)
     options[RUN] = run

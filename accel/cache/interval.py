@@ -9,14 +9,14 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from .policy import Choice, Policy, Visit
+from .policy import Action, Choice, Policy, Visit
 
 __all__ = ["IntervalReuse", "every"]
 
 
 def every(interval: int, visit: Visit) -> Choice:
     """Skip interval − 1 visits after each full one."""
-    return Choice(True, "forecast") if visit.skipped < interval - 1 else Choice(False, "interval")
+    return Choice(Action.SKIP, "forecast") if visit.skipped < interval - 1 else Choice(Action.FULL, "interval")
 
 
 @dataclass(frozen=True)

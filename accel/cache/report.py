@@ -14,7 +14,7 @@ KEPT_RUNS = 8  # a batch of queued prompts reads its own report each time; older
 
 @dataclass
 class VisitRecord:
-    """One visit. full, forecast: condition parts (uuids) that were computed and that were forecast."""
+    """One visit. full, forecast: condition parts (uuids) that were computed and that were forecast; statistic: the number that decided."""
 
     index: int
     sigma: float
@@ -23,6 +23,7 @@ class VisitRecord:
     reason: str
     full: int = 0
     forecast: int = 0
+    statistic: float | None = None
 
 
 @dataclass

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Hashable, Sequence
+from collections.abc import Hashable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
@@ -10,8 +10,9 @@ import torch
 
 from .forecast import Ladder
 
-__all__ = ["FeatureStore", "Key", "StoreOptions"]
+__all__ = ["FeatureStore", "Key", "PROBE", "StoreOptions"]
 
+PROBE = "probe"
 STALE_VISITS = 4  # a condition that was not asked for in so many visits is over: a time range ended, or its patches are made anew each time
 
 
@@ -41,10 +42,12 @@ class StoreOptions:
 
 @dataclass
 class _Entry:
-    ladders: list[Ladder]
+    """ladders: of each feature, by part."""
+
     guard: tuple
     seen: int
-    owners: tuple = field(default=())  # keeps the foreign patches alive whose identity is in the key
+    owners: tuple = ()  # keeps the foreign patches alive whose identity is in the key
+    ladders: dict[str, list[Ladder]] = field(default_factory=dict)
 
 
 def guard_of(part: torch.Tensor) -> tuple:
@@ -53,13 +56,15 @@ def guard_of(part: torch.Tensor) -> tuple:
 
 
 class FeatureStore:
-    """Ladders per Key. `order` falls when the cap would be passed; below 0 the store keeps nothing more.
+    """Ladders per Key and part: "" or the name of a range of blocks, and PROBE for what a gate compares.
+
+    `order` falls when the cap would be passed; below 0 the store keeps nothing more.
 
     Attributes: peak: most bytes ever held. notes: what was given up, in words.
     """
 
-    def __init__(self, order: int, basis: str, options: StoreOptions):
-        self.order, self.basis, self.options = order, basis, options
+    def __init__(self, order: int, basis: str, options: StoreOptions, probe_order: int = 0):
+        self.order, self.probe_order, self.basis, self.options = order, probe_order, basis, options
         self.peak = 0
         self.notes: list[str] = []
         self._entries: dict[Key, _Entry] = {}
@@ -69,57 +74,77 @@ class FeatureStore:
 
     @property
     def nbytes(self) -> int:
-        return sum(ladder.nbytes for entry in self._entries.values() for ladder in entry.ladders)
+        return sum(ladder.nbytes for ladder in self._ladders())
 
-    def has(self, key: Key, guard: tuple) -> bool:
+    def has(self, key: Key, guard: tuple, part: str = "") -> bool:
         """Whether a forecast for this condition can be made; history of another size or dtype is dropped."""
         entry = self._entries.get(key)
         if entry is not None and entry.guard != guard:
             del self._entries[key]
             return False
-        return entry is not None
+        return entry is not None and part in entry.ladders
 
-    def keep(self, key: Key, guard: tuple, parts: Sequence[torch.Tensor], position: float, visit: int, owners: tuple = ()) -> None:
+    def keep(
+        self, key: Key, guard: tuple, features: Sequence[torch.Tensor], position: float, visit: int, owners: tuple = (), part: str = ""
+    ) -> None:
         """A new anchor of each feature of one condition."""
         if self.order < 0:
             return
         for stale in [other for other, entry in self._entries.items() if visit - entry.seen > STALE_VISITS]:
             del self._entries[stale]
-        device = torch.device("cpu") if self.options.device == "cpu" else None
-        if not self.has(key, guard):
-            ladders = [Ladder(self.order, self.basis, self.options.dtype, device) for _ in parts]
-            self._entries[key] = _Entry(ladders, guard, visit, owners)
-        entry = self._entries[key]
-        if not self._make_room(entry, parts):
+        self.has(key, guard)  # drops history of another size
+        entry = self._entries.setdefault(key, _Entry(guard, visit, owners))
+        if part not in entry.ladders:
+            device = torch.device("cpu") if self.options.device == "cpu" else None
+            order = self.probe_order if part == PROBE else self.order
+            entry.ladders[part] = [Ladder(order, self.basis, self.options.dtype, device) for _ in features]
+        ladders = entry.ladders[part]
+        if not self._make_room(ladders, features):
             return
-        for ladder, part in zip(entry.ladders, parts):
-            ladder.update(position, part)
+        for ladder, feature in zip(ladders, features):
+            ladder.update(position, feature)
         entry.seen = visit
         self.peak = max(self.peak, self.nbytes)
 
-    def forecast(self, key: Key, position: float, visit: int, device: torch.device) -> list[torch.Tensor]:
+    def forecast(self, key: Key, position: float, visit: int, device: torch.device, part: str = "") -> list[torch.Tensor]:
         """Each feature of one condition in float32, in new memory; only after `has`."""
         entry = self._entries[key]
         entry.seen = visit
-        return [ladder.predict(position, device) for ladder in entry.ladders]
+        return [ladder.predict(position, device) for ladder in entry.ladders[part]]
 
-    def drop(self, key: Key) -> None:
-        self._entries.pop(key, None)
+    def last(self, key: Key, device: torch.device, part: str = "") -> list[torch.Tensor]:
+        """The latest anchor of each feature in float32, in new memory; only after `has`."""
+        return [ladder.factors[0].to(device, torch.float32, copy=True) for ladder in self._entries[key].ladders[part]]
+
+    def drop(self, key: Key, part: str | None = None) -> None:
+        """Forget a condition, or one part of it."""
+        if part is None:
+            self._entries.pop(key, None)
+        elif key in self._entries:
+            self._entries[key].ladders.pop(part, None)
 
     def clear(self) -> None:
         self._entries.clear()
 
-    def _make_room(self, entry: _Entry, parts: Sequence[torch.Tensor]) -> bool:
-        """Lower the order until the new tensors fit under the cap; False, and an empty store, where not even one value does."""
+    def _ladders(self) -> Iterator[Ladder]:
+        return (ladder for entry in self._entries.values() for ladders in entry.ladders.values() for ladder in ladders)
+
+    def _make_room(self, ladders: Sequence[Ladder], features: Sequence[torch.Tensor]) -> bool:
+        """Lower the orders until the new tensors fit under the cap; False, and an empty store, where not even one value does."""
         cap = self.options.cap
-        while cap and self.nbytes + sum(ladder.growth(part) for ladder, part in zip(entry.ladders, parts)) > cap:
-            self.order -= 1
+        while cap and self.nbytes + sum(ladder.growth(feature) for ladder, feature in zip(ladders, features)) > cap:
+            if self.probe_order > max(self.order, 0):
+                self.probe_order -= 1
+            else:
+                self.order -= 1
+                self.probe_order = min(self.probe_order, max(self.order, 0))
             if self.order < 0:
                 self.clear()
                 self.notes.append(f"off: one value a condition does not fit under the memory cap of {cap / 2**20:.3g} MiB")
                 return False
             self.notes.append(f"order lowered to {self.order}: memory cap of {cap / 2**20:.3g} MiB")
-            for other in self._entries.values():
-                for ladder in other.ladders:
-                    ladder.trim(self.order)
+            for entry in self._entries.values():
+                for part, kept in entry.ladders.items():
+                    for ladder in kept:
+                        ladder.trim(min(ladder.order, self.probe_order if part == PROBE else self.order))
         return True
