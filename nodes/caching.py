@@ -6,18 +6,18 @@ from ..errors import input_error
 from .declare import Node, Output, choice, integer, number, socket, text
 
 GROUP = "caching"
-_MODEL = socket("model", "MODEL", "Any flow model, after LoRA and other patches; one cache node a model.")
-_WARMUP = "First steps that are always computed."
-_TAIL = integer("tail_steps", 1, 0, 100, "Last steps that are always computed; they draw fine detail.")
-_GRANULARITY = choice("granularity", ("last_block", "output", "block_delta"),
+MODEL = socket("model", "MODEL", "Any flow model, after LoRA and other patches; one cache node a model.")
+WARMUP = "First steps that are always computed."
+TAIL = integer("tail_steps", 1, 0, 100, "Last steps that are always computed; they draw fine detail.")
+GRANULARITY = choice("granularity", ("last_block", "output", "block_delta"),
     "last_block: forecast the tokens after the last block. output: forecast the model's velocity, works with every architecture. "
     "block_delta: forecast what a range of blocks adds.",
 )
-_LIMITS = (
+LIMITS = (
     number("start_percent", 0.0, 0.0, 1.0, "Forecasts only from this share of the run's own steps on.", advanced=True),
     number("end_percent", 1.0, 0.0, 1.0, "Forecasts only before this share of the run's own steps.", advanced=True),
 )
-_STORAGE = (
+COMMON = (
     choice("store_dtype", ("same", "fp32", "bf16", "fp16"), "Precision of what is kept; same: the model's.", optional=True, advanced=True),
     choice("store_device", ("model", "cpu"), "Where it is kept; cpu saves graphics memory and costs a transfer a step.",
         optional=True, advanced=True,
@@ -26,15 +26,19 @@ _STORAGE = (
         optional=True, advanced=True,
     ),
     text("blocks", "", "block_delta only: the range, such as double:1-, single. Empty: all blocks.", optional=True, advanced=True),
+    integer("max_consecutive", -1, -1, 100, "At most so many steps forecast in a row; -1: no bound.", optional=True, advanced=True),
+    choice("solver_rule", ("all", "first_only"), "first_only: a step's second evaluation (Heun, RF-Solver) is always computed.",
+        optional=True, advanced=True,
+    ),
 )
-_OUTPUTS = (
+CACHE_OUTPUTS = (
     Output("MODEL", "model", "The same model, cached."),
     Output("CACHE_REPORT", "report", "For Cache Report; it is filled while sampling."),
 )
 
 
-def _cached(model, policy, granularity: str, limits: tuple, storage: dict, where: str):
-    """(MODEL, CACHE_REPORT) of a policy; limits and storage as the nodes' inputs give them."""
+def cached_model(model, policy, granularity: str, limits: tuple, common: dict, where: str):
+    """(MODEL, CACHE_REPORT) of a policy. limits: warm-up, tail, start, end; common: what was given of COMMON's inputs, and "schedule"."""
     import torch
 
     from ..accel.cache.binding import attach
@@ -43,10 +47,12 @@ def _cached(model, policy, granularity: str, limits: tuple, storage: dict, where
     from ..accel.cache.store import StoreOptions
     from ..accel.cache.visits import CachePlan
 
+    given = {declared.name: declared.options["default"] for declared in COMMON} | common
     dtypes = {"same": None, "fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
-    store = StoreOptions(dtypes[storage["store_dtype"]], storage["store_device"], storage["max_mib"] << 20)
+    store = StoreOptions(dtypes[given["store_dtype"]], given["store_device"], given["max_mib"] << 20)
     log = CacheLog()
-    plan = CachePlan(policy, granularity, Limits(*limits), store, storage["blocks"])
+    bounds = Limits(*limits, given["max_consecutive"], given["solver_rule"])
+    plan = CachePlan(policy, granularity, bounds, store, given["blocks"], given.get("schedule"))
     return (attach(model, plan, log, where), log)
 
 
@@ -57,30 +63,29 @@ class RectiflowTaylorForecastCache(Node):
     GROUP = GROUP
     SEARCH_ALIASES = ["TaylorSeer", "cache", "speed", "accelerate", "faster"]
     INPUTS = (
-        _MODEL,
+        MODEL,
         integer("interval", 6, 1, 50, "One step in this many is computed. 1 is off; 2 changes little, 6 and more a lot."),
         integer("order", 1, 0, 4, "Degree of the polynomial. 0 repeats; above 2 noise is amplified over long intervals."),
-        integer("warmup_steps", 3, 0, 100, _WARMUP),
-        _TAIL,
-        _GRANULARITY,
+        integer("warmup_steps", 3, 0, 100, WARMUP),
+        TAIL,
+        GRANULARITY,
         choice("basis", ("newton", "reference"), "newton: exact for polynomials. reference: as the paper's code. Same up to order 1."),
         choice("axis", ("step", "sigma"), "What the polynomial is in.", advanced=True),
-        *_LIMITS,
-        *_STORAGE,
+        *LIMITS,
+        *COMMON,
     )
-    OUTPUTS = _OUTPUTS
+    OUTPUTS = CACHE_OUTPUTS
     HIDDEN = {"unique_id": "UNIQUE_ID"}  # the graph cache gives equal nodes one output; each needs a report of its own
 
     def run(
         self, model, interval, order, warmup_steps, tail_steps, granularity, basis, axis, start_percent, end_percent,
-        store_dtype="same", store_device="model", max_mib=4096, blocks="", unique_id=None,
+        unique_id=None, **common,
     ):  # fmt: skip
         from ..accel.cache.taylor import TaylorSeer
 
         policy = TaylorSeer(order, basis, axis, interval)
         limits = (warmup_steps, tail_steps, start_percent, end_percent)
-        storage = {"store_dtype": store_dtype, "store_device": store_device, "max_mib": max_mib, "blocks": blocks}
-        return _cached(model, policy, granularity, limits, storage, self.TITLE)
+        return cached_model(model, policy, granularity, limits, common, self.TITLE)
 
 
 class RectiflowIntervalCache(Node):
@@ -90,26 +95,25 @@ class RectiflowIntervalCache(Node):
     GROUP = GROUP
     SEARCH_ALIASES = ["FORA", "cache", "speed", "accelerate", "reuse"]
     INPUTS = (
-        _MODEL,
+        MODEL,
         integer("interval", 2, 1, 50, "One step in this many is computed. 1 is off; above 3 pictures lose detail."),
-        integer("warmup_steps", 1, 0, 100, _WARMUP),
-        _TAIL,
-        _GRANULARITY,
-        *_LIMITS,
-        *_STORAGE,
+        integer("warmup_steps", 1, 0, 100, WARMUP),
+        TAIL,
+        GRANULARITY,
+        *LIMITS,
+        *COMMON,
     )
-    OUTPUTS = _OUTPUTS
+    OUTPUTS = CACHE_OUTPUTS
     HIDDEN = {"unique_id": "UNIQUE_ID"}
 
     def run(
         self, model, interval, warmup_steps, tail_steps, granularity, start_percent, end_percent,
-        store_dtype="same", store_device="model", max_mib=4096, blocks="", unique_id=None,
+        unique_id=None, **common,
     ):  # fmt: skip
         from ..accel.cache.interval import IntervalReuse
 
         limits = (warmup_steps, tail_steps, start_percent, end_percent)
-        storage = {"store_dtype": store_dtype, "store_device": store_device, "max_mib": max_mib, "blocks": blocks}
-        return _cached(model, IntervalReuse(interval=interval), granularity, limits, storage, self.TITLE)
+        return cached_model(model, IntervalReuse(interval=interval), granularity, limits, common, self.TITLE)
 
 
 class RectiflowCacheReport(Node):
