@@ -1,0 +1,206 @@
+"""Measure our caches beside those that people use: `python bench/peers.py [--prompts 16] [--seeds 2] [--steps 28 50]`.
+
+One model, one set of weights, one machine, one run: the tiny model on our host, and the same network in diffusers (bench/diffusers_flux.py)
+under diffusers' FirstBlockCache, TaylorSeerCache and MagCache and under cache-dit's DBCache. With COMFYUI_PATH (and COMFYUI_PYTHON) also
+ComfyUI's EasyCache and LazyCache, and ours inside ComfyUI. Needs `pip install diffusers==0.42.1 cache-dit==1.5.3`.
+
+Pictures are drawn one by one, Euler, guidance 3, and every cache in turn on each picture. Writes bench/results/peers.csv, a row a setting:
+wall-clock ratio to the same engine without a cache (median over pictures, quartiles), PSNR, SSIM and feature distance to that engine's
+uncached picture (mean and worst), evaluations made, bytes kept; and bench/results/peers_at_ratio.csv: the PSNR of each family of settings
+at 1.5×, 2× and 3×, read off its own curve.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import logging
+import math
+import os
+import statistics
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+import torch
+from our_caches import Ours
+from peer_caches import CacheDit, Diffusers, Picture, Run, Setting
+from rectiflow import NODE_CLASS_MAPPINGS as NODES
+from rectiflow.host import calculate_sigmas, prepare_noise
+from rectiflow.metrics.fidelity import psnr, ssim
+from table import write_table
+
+from host import Child
+
+PROMPTS = (
+    "noto cat on blue", "twemoji rocket on black", "noto watermelon on blue", "twemoji fox on green", "noto ghost on black",
+    "twemoji bus on yellow", "noto sunflower on white", "twemoji crab on white", "noto robot on red", "twemoji owl on blue",
+    "noto pizza on green", "twemoji guitar on white", "noto penguin on yellow", "twemoji cactus on red", "noto umbrella on white",
+    "twemoji dolphin on black",
+)  # fmt: skip
+RATIOS = (1.5, 2.0, 3.0)
+AXES = (8, 28, 28)
+
+
+@dataclass
+class Taken:
+    """All runs of one setting."""
+
+    runs: list[Run] = field(default_factory=list)
+    ratios: list[float] = field(default_factory=list)
+    psnr: list[float] = field(default_factory=list)
+    ssim: list[float] = field(default_factory=list)
+    features: list[float] = field(default_factory=list)
+
+
+class InComfyUI:
+    """The same pictures in a process of ComfyUI's; it answers with latents and seconds."""
+
+    def __init__(self):
+        self._child = Child(os.environ.get("COMFYUI_PYTHON", sys.executable), "peers_comfyui.py", "comfyui")
+        self.version = self._child.versions["version"]
+
+    def run(self, setting: Setting | None, picture: Picture, sigmas: Sequence[float], weigh: bool = False) -> Run:
+        order = {"prompt": picture.prompt, "noise": picture.noise.tolist(), "sigmas": list(sigmas), "make": setting and setting.make}
+        answer = self._child.round(json.dumps(order))
+        return Run(torch.tensor(answer["latent"]), answer["seconds"], answer["calls"], answer["asked"], 0)
+
+    @staticmethod
+    def settings() -> list[Setting]:
+        found = [
+            Setting(node, f"{threshold:g}", {"node": node, "reuse_threshold": threshold, "start_percent": 0.15, "end_percent": 0.95})
+            for node in ("EasyCache", "LazyCache") for threshold in (0.05, 0.1, 0.2, 0.4, 0.8)
+        ]  # fmt: skip
+        ours = {"node": "RectiflowTaylorForecastCache", "order": 1, "warmup_steps": 3, "tail_steps": 1, "granularity": "last_block"}
+        return [*found, *(Setting("TaylorSeer order 1", f"{n}", ours | {"interval": n}) for n in (2, 3, 4))]
+
+    def close(self) -> None:
+        self._child.close()
+
+
+class Bench:
+    def __init__(self):
+        self.model, self.clip, self.vae = NODES["RectiflowLoadTiny"]().execute()
+        self.feature_distance = NODES["RectiflowFeatureDistance"]().execute
+        self.negative = self._condition("")
+
+    def _condition(self, text: str) -> tuple[torch.Tensor, torch.Tensor]:
+        tokens, extra = self.clip.encode_from_tokens_scheduled(self.clip.tokenize(text))[0]
+        return tokens, extra["pooled_output"]
+
+    def picture(self, prompt: str, seed: int) -> Picture:
+        return Picture(prompt, prepare_noise(torch.zeros(1, 16, 16, 16), seed), self._condition(prompt), self.negative)
+
+    def sigmas(self, steps: int) -> list[float]:
+        return calculate_sigmas(self.model.get_model_object("model_sampling"), "simple", steps).tolist()
+
+    def engines(self) -> dict[str, object]:
+        from diffusers_flux import diffusers_twin
+
+        state = self.model.get_model_object("diffusion_model").float().state_dict()
+        engines = {
+            "rectiflow": Ours(self.model),
+            "diffusers": Diffusers(diffusers_twin(state, AXES)),
+            "cache-dit": CacheDit(diffusers_twin(state, AXES)),
+        }
+        return {**engines, "ComfyUI": InComfyUI()} if os.environ.get("COMFYUI_PATH") else engines
+
+    def measure(self, engine, settings: Sequence[Setting], picture: Picture, sigmas: Sequence[float], taken: dict, weigh: bool) -> None:
+        """One picture through every setting, between two plain runs that its ratios are to."""
+        first = engine.run(None, picture, sigmas)
+        runs = [engine.run(setting, picture, sigmas) for setting in settings]
+        plain = (first.seconds + engine.run(None, picture, sigmas).seconds) / 2
+        if weigh:
+            runs = [run._replace(kept=run.kept or engine.run(setting, picture, sigmas, True).kept) for setting, run in zip(settings, runs)]
+        images = self.vae.decode(torch.cat([run.latent for run in runs]))
+        reference = self.vae.decode(first.latent)
+        decibels, similar = psnr(images, reference, where="bench"), ssim(images, reference, where="bench")
+        for i, (setting, run) in enumerate(zip(settings, runs)):
+            entry = taken.setdefault(setting, Taken())
+            entry.runs.append(run)
+            entry.ratios.append(plain / run.seconds)
+            entry.psnr.append(min(float(decibels[i]), 99.0))  # equal pictures are infinitely near; 99 keeps the means finite
+            entry.ssim.append(float(similar[i]))
+            found = self.feature_distance(image=images[i : i + 1], reference=reference, sigma=0.2, blocks="double:1-2, single:0-2", seed=0)
+            entry.features.append(found[0])
+
+
+def at_ratio(points: Sequence[tuple[float, float]], wanted: float) -> float | None:
+    """PSNR at a wall-clock ratio, between its neighbours on a family's curve; settings slower and farther than another are no part."""
+    best: list[tuple[float, float]] = []
+    for ratio, decibels in sorted(points, reverse=True):
+        if not best or decibels > best[-1][1]:
+            best.append((ratio, decibels))
+    best.reverse()
+    for (low, high_psnr), (high, low_psnr) in zip(best, best[1:]):
+        if low <= wanted <= high:
+            share = (math.log(wanted) - math.log(low)) / (math.log(high) - math.log(low)) if high > low else 0.0
+            return high_psnr + share * (low_psnr - high_psnr)
+    return best[0][1] if best and best[0][0] >= wanted else None
+
+
+def summary(engine: str, steps: int, setting: Setting, taken: Taken) -> list:
+    low, middle, high = statistics.quantiles(taken.ratios, n=4) if len(taken.ratios) > 1 else taken.ratios * 3
+    calls = statistics.mean(run.calls for run in taken.runs)
+    return [
+        steps, engine, setting.family, setting.value, f"{middle:.3f}", f"{low:.3f}", f"{high:.3f}",
+        f"{statistics.mean(taken.psnr):.2f}", f"{min(taken.psnr):.2f}", f"{statistics.mean(taken.ssim):.4f}", f"{min(taken.ssim):.4f}",
+        f"{statistics.mean(taken.features):.4f}", f"{max(taken.features):.4f}", f"{calls:.1f}", taken.runs[0].asked,
+        max(run.kept for run in taken.runs) >> 10, len(taken.runs),
+    ]  # fmt: skip
+
+
+HEADER = (
+    "steps engine family value wall_ratio ratio_q1 ratio_q3 psnr_mean psnr_worst ssim_mean ssim_worst features_mean features_worst "
+    "evaluations of kept_kib pictures"
+).split()
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--prompts", type=int, default=len(PROMPTS))
+    parser.add_argument("--seeds", type=int, default=2)
+    parser.add_argument("--steps", type=int, nargs="+", default=[28, 50])
+    parser.add_argument("--engines", nargs="+", default=None, help="only these, for a quick look; nothing is written then")
+    arguments = parser.parse_args()
+    logging.disable(logging.WARNING)  # cache-dit reports every hook it sets
+    bench = Bench()
+    engines = {name: engine for name, engine in bench.engines().items() if arguments.engines is None or name in arguments.engines}
+    pictures = [bench.picture(prompt, 1 + seed) for prompt in PROMPTS[: arguments.prompts] for seed in range(arguments.seeds)]
+    rows, curves = [], []
+    for steps in arguments.steps:
+        sigmas = bench.sigmas(steps)
+        if "diffusers" in engines:
+            engines["diffusers"].calibrate(bench.picture("noto dog on white", 0), sigmas)
+        settings = {name: engine.settings(steps) if name == "rectiflow" else engine.settings() for name, engine in engines.items()}
+        taken: dict[str, dict[Setting, Taken]] = {name: {} for name in engines}
+        for number, picture in enumerate(pictures):
+            for name, engine in engines.items():
+                engine.run(None, picture, sigmas[:3])  # warm
+                bench.measure(engine, settings[name], picture, sigmas, taken[name], weigh=number == 0 and name != "ComfyUI")
+            print(f"{steps} steps, picture {number + 1} of {len(pictures)}", file=sys.stderr, flush=True)
+        for name in engines:
+            families: dict[str, list[tuple[float, float]]] = {}
+            for setting in settings[name]:
+                row = summary(name, steps, setting, taken[name][setting])
+                rows.append(row)
+                families.setdefault(setting.family, []).append((float(row[4]), float(row[7])))
+            for family, points in families.items():
+                found = [at_ratio(points, ratio) for ratio in RATIOS]
+                curves.append([steps, name, family, *("" if value is None else f"{value:.1f}" for value in found)])
+    version = engines["ComfyUI"].version if "ComfyUI" in engines else ""
+    write = write_table if arguments.engines is None else show
+    write("peers", HEADER, rows, version)
+    write("peers_at_ratio", ["steps", "engine", "family", *(f"psnr_at_{ratio:g}" for ratio in RATIOS)], curves, version)
+    if "ComfyUI" in engines:
+        engines["ComfyUI"].close()
+
+
+def show(name: str, header: Sequence[str], rows: Sequence[Sequence], _comfyui: str) -> None:
+    print(name, *header)
+    for row in rows:
+        print(*row, flush=True)
+
+
+if __name__ == "__main__":
+    main()
