@@ -179,18 +179,28 @@ class NextDiT(nn.Module):
         options = dict(kwargs.get("transformer_options") or {})
         height, width = x.shape[-2:]
         x = pad_to_patch_size(x, self.patch_size)
-        rows, columns = (side // self.patch_size for side in x.shape[-2:])
         time = self.t_embedder(1.0 - timesteps, dtype=x.dtype)
-        lengths = self._caption_lengths(context, num_tokens, attention_mask)
-        tokens, mask, freqs = self._embed(x, self.cap_embedder(context), attention_mask, lengths, time, options)
+        tokens, mask, sizes, captions, freqs = self.patchify_and_embed(
+            x, self.cap_embedder(context), attention_mask, time, num_tokens, transformer_options=options
+        )  # fmt: skip
 
         options.update(total_blocks=len(self.layers), block_type="double")
         for i, layer in enumerate(self.layers):
             options["block_index"] = i
             tokens = layer(tokens, mask, freqs, time, transformer_options=options)
         tokens = self.final_layer(tokens, time)
-        image = torch.stack([sample[length : length + rows * columns] for sample, length in zip(tokens, lengths)])
-        return -unpatchify(image, self.patch_size, rows, columns, channels_last=True)[:, :, :height, :width]
+        return -self.unpatchify(tokens, sizes, captions, return_tensor=True)[:, :, :height, :width]
+
+    def unpatchify(
+        self, x: torch.Tensor, img_size: list[tuple[int, int]], cap_size: list[int], return_tensor: bool = False
+    ) -> torch.Tensor | list[torch.Tensor]:
+        """Pictures (c, h, w) of the image tokens in x (b, n, p²·c), which follow each sample's caption; stacked with `return_tensor`."""
+        pictures = []
+        for sample, (height, width), length in zip(x, img_size, cap_size):
+            rows, columns = height // self.patch_size, width // self.patch_size
+            image = sample[None, length : length + rows * columns]
+            pictures.append(unpatchify(image, self.patch_size, rows, columns, channels_last=True)[0])
+        return torch.stack(pictures) if return_tensor else pictures
 
     @staticmethod
     def _caption_lengths(context: torch.Tensor, num_tokens: int | None, mask: torch.Tensor | None) -> list[int]:
@@ -213,8 +223,17 @@ class NextDiT(nn.Module):
             ids = ids[:1].expand(len(lengths), -1, -1)
         return self.rope_embedder(ids).movedim(1, 2).to(like.dtype)
 
-    def _embed(self, x, caption, cap_mask, lengths, time, options):
-        """Refine caption and image, join them: tokens (b, n, d), additive mask (b, 1, n) or None, rotations of all tokens."""
+    def patchify_and_embed(
+        self, x: torch.Tensor, cap_feats: torch.Tensor, cap_mask: torch.Tensor | None, t: torch.Tensor, num_tokens: int | None,
+        transformer_options: dict | None = None,
+    ) -> tuple[torch.Tensor, torch.Tensor | None, list[tuple[int, int]], list[int], torch.Tensor]:  # fmt: skip
+        """Refine caption and image and join them, under ComfyUI's name and order, so that object patches for one serve the other.
+
+        Returns tokens (b, n, d), additive mask (b, 1, n) or None, picture sizes, caption lengths, rotations of all tokens.
+        """
+        caption, time, options = cap_feats, t, transformer_options or {}
+        lengths = self._caption_lengths(caption, num_tokens, cap_mask)
+        sizes = [tuple(x.shape[-2:])] * x.shape[0]
         rows, columns = (side // self.patch_size for side in x.shape[-2:])
         count = rows * columns
         freqs = self._freqs(lengths, rows, columns, x)
@@ -233,14 +252,14 @@ class NextDiT(nn.Module):
             image = layer(image, None, img_freqs, time, transformer_options=options)
 
         if uniform:
-            return torch.cat((caption[:, : lengths[0]], image), dim=1), None, freqs
+            return torch.cat((caption[:, : lengths[0]], image), dim=1), None, sizes, lengths, freqs
         # Captions of several lengths: each sample is text, image, padding, and the padding is masked.
         tokens = image.new_zeros(len(lengths), freqs.shape[1], self.dim)
         mask = image.new_zeros(len(lengths), 1, freqs.shape[1])
         for i, length in enumerate(lengths):
             tokens[i, : length + count] = torch.cat((caption[i, :length], image[i]))
             mask[i, :, length + count :] = -torch.finfo(x.dtype).max
-        return tokens, mask, freqs
+        return tokens, mask, sizes, lengths, freqs
 
 
 def _caption_freqs(freqs: torch.Tensor, lengths: list[int], caption_tokens: int) -> torch.Tensor:
