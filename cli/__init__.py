@@ -18,6 +18,7 @@ COMMANDS = {
     "serve": "serve the ComfyUI interface and its HTTP API",
     "test": "run the tests",
     "nodes": "list the nodes, or show the inputs and outputs of one",
+    "train": "train by a recipe, such as the tiny model that ships",
     "doctor": "show what is installed, which device is used, and what to mend",
 }
 

@@ -1,0 +1,1 @@
+"""Runs that are described by a file: `rectiflow train CONFIG`."""
