@@ -1,12 +1,13 @@
-"""Measure inversion and editing on the tiny model: `python bench/editing.py [--quick] [--pictures DIR]` → bench/results/editing_*.csv.
+"""Measure inversion and editing on the tiny model: `python bench/editing.py [--quick] [--tables …]` → bench/results/editing_*.csv.
 
-    reconstruction  PSNR, SSIM and feature distance of x0 → z → x0 at 20, 40, 60 and 120 evaluations, every inversion
-    editing         likeness inside and outside the edited region, and the class margin, of every method at equal evaluations
+    reconstruction  PSNR, SSIM and feature distance of x0 → z → x0 at 20, 40 and 60 evaluations: every inversion, caption and empty prompt
+    steepness       why the empty prompt is hard: what each half of the round trip errs, and how the way down enlarges it
+    methods         likeness inside and outside the edited region, and the class margin, of every method at equal evaluations
     features        bytes and seconds of RF-Edit's bank: held, capped to nothing, and the plain run
 
-Pictures: the two that ship (the model was not trained on them) and their mirror images, under their captions, or every PNG of --pictures,
-whose file name is its caption ("noto cat on white.png"). The codec's own loss is taken out: results are compared with the decoded
-latent. Everything is on the CPU with seed 0.
+Pictures to reconstruct: the 32 held-out ones of bench/pictures under their captions, or every PNG of --pictures, whose file name is its
+caption ("noto cat on white.png"). The codec's own loss is taken out: results are compared with the decoded latent. Everything is on the CPU
+with seed 0, cfg 1.
 
 The class margin asks the model itself: its velocity error on the result under the source prompt less that under the target prompt,
 mean over four sigmas and eight noises, divided by their sum. Above 0 the model finds the target likelier.
@@ -17,9 +18,13 @@ from __future__ import annotations
 import argparse
 import statistics
 import time
+from dataclasses import dataclass
 from pathlib import Path
 
+import numpy
 import torch
+from held_out import load_held_out
+from PIL import Image
 from rectiflow import NODE_CLASS_MAPPINGS as NODES
 from rectiflow.host import KSAMPLER, CFGGuider, calc_cond_batch, cfg_function, sample_custom
 from rectiflow.metrics.fidelity import figures
@@ -30,7 +35,8 @@ from rectiflow.samplers.registry import SOLVERS
 from rectiflow.samplers.sampler_object import FlowSampler
 from table import write_table
 
-BUDGETS = (20, 40, 60, 120)
+BUDGETS = (20, 40, 60)
+ROWS = 8  # pictures in one model call
 HOST = HostCalls(sample_custom, calc_cond_batch, cfg_function, CFGGuider, KSAMPLER)
 PROMPTS = {"smiling cat": ("noto cat on white", "noto dog on white"), "smiling face": ("noto smile on white", "noto angry on white")}
 # About 56 evaluations each; the settings stand in docs/editing.md, chosen on the smiling cat alone.
@@ -72,22 +78,40 @@ class Bench:
         return (under_source - under_target) / (under_source + under_target)
 
 
-def load_pictures(folder: str | None) -> list[tuple[str, torch.Tensor]]:
-    """(caption, picture (1, h, w, 3) in 0…1) of each."""
-    if folder is None:
-        shipped = [(caption, NODES["RectiflowExamplePicture"]().execute(picture=name)[0]) for name, (caption, _) in PROMPTS.items()]
-        return shipped + [(caption, picture.flip(2)) for caption, picture in shipped]
-    import numpy
-    from PIL import Image
+@dataclass(frozen=True)
+class Pictures:
+    """captions: one a picture; latent: `(b, 16, h, w)`; decoded: what the codec makes of it, `(b, h, w, 3)` in 0…1."""
 
-    found = []
-    for path in sorted(Path(folder).glob("*.png")):
-        with Image.open(path) as picture:
-            rgba = picture.convert("RGBA").resize((64, 64))
-        paper = Image.new("RGBA", rgba.size, "white")
-        pixels = numpy.asarray(Image.alpha_composite(paper, rgba).convert("RGB"), dtype=numpy.float32) / 255
-        found.append((path.stem, torch.from_numpy(pixels)[None]))
-    return found
+    captions: tuple[str, ...]
+    latent: torch.Tensor
+    decoded: torch.Tensor
+
+    @classmethod
+    def load(cls, bench: Bench, folder: str | None, count: int | None) -> Pictures:
+        if folder is None:
+            found = [(entry.caption, picture) for entry, picture in load_held_out()]
+        else:
+            found = [(path.stem, on_white(path)) for path in sorted(Path(folder).glob("*.png"))]
+        found = found[:count]
+        latent = bench.vae.encode(torch.from_numpy(numpy.stack([picture for _, picture in found])).float() / 255)
+        return cls(tuple(caption for caption, _ in found), latent, bench.vae.decode(latent))
+
+    def conditioning(self, bench: Bench, kind: str) -> list:
+        """One row a picture: its caption, or the empty prompt."""
+        parts = [bench.prompt(caption if kind == "caption" else "")[0] for caption in self.captions]
+        pooled = torch.cat([extra["pooled_output"] for _, extra in parts])
+        return [[torch.cat([context for context, _ in parts]), {**parts[0][1], "pooled_output": pooled}]]
+
+    def split(self) -> list[Pictures]:
+        """The same, ROWS at a time."""
+        places = range(0, len(self.captions), ROWS)
+        return [Pictures(self.captions[at : at + ROWS], self.latent[at : at + ROWS], self.decoded[at : at + ROWS]) for at in places]
+
+
+def on_white(path: Path) -> numpy.ndarray:
+    with Image.open(path) as picture:
+        rgba = picture.convert("RGBA").resize((64, 64))
+    return numpy.asarray(Image.alpha_composite(Image.new("RGBA", rgba.size, "white"), rgba).convert("RGB"))
 
 
 def uniform(steps: int) -> torch.Tensor:
@@ -101,37 +125,79 @@ def calls_of(inverter: str, steps: int) -> int:
     return (SOLVERS[inverter].nfe(steps) if there is None else there) + back
 
 
+def walked(bench: Bench, sampler, sigmas: torch.Tensor, latent: torch.Tensor, conditioning: list) -> torch.Tensor:
+    none = torch.zeros_like(latent)
+    return sample_custom(bench.model, none, 1.0, sampler, sigmas, conditioning, conditioning, latent, disable_pbar=True, seed=0)
+
+
+def down(solver: str) -> FlowSampler:
+    return FlowSampler(KSAMPLER(SOLVERS[solver].function, {}), "latent")
+
+
 def reconstructed(bench: Bench, inverter: str, steps: int, latent: torch.Tensor, conditioning: list) -> tuple[torch.Tensor, torch.Tensor]:
     """x0 → z → x0; returns what came back and z."""
-    none = torch.zeros_like(latent)
-    back = FlowSampler(KSAMPLER(SOLVERS[EDIT_SOLVERS[inverter]].function, {}), "latent")
-    for sampler, sigmas in ((InvertSampler(inverter), inversion_sigmas(uniform(steps))), (back, uniform(steps))):
-        z, latent = latent, sample_custom(
-            bench.model, none, 1.0, sampler, sigmas, conditioning, conditioning, latent, disable_pbar=True, seed=0
-        )  # fmt: skip
-    return latent, z
+    z = walked(bench, InvertSampler(inverter), inversion_sigmas(uniform(steps)), latent, conditioning)
+    return walked(bench, down(EDIT_SOLVERS[inverter]), uniform(steps), z, conditioning), z
 
 
-def bench_reconstruction(bench: Bench, pictures: list[tuple[str, torch.Tensor]], budgets: tuple[int, ...]) -> None:
-    rows = []
+def round_trip(bench: Bench, pictures: Pictures, prompt: str, inverter: str, steps: int) -> tuple[torch.Tensor, list[float]]:
+    """PSNR of each picture, and means of mse, psnr, ssim, feature distance and the noise's spread."""
     feature_distance = NODES["RectiflowFeatureDistance"]().execute
-    for budget in budgets:
-        for name in INVERTERS:
-            steps = max(count for count in range(1, budget) if calls_of(name, count) <= budget)
-            found = []
-            for caption, picture in pictures:
-                latent = bench.vae.encode(picture)
-                decoded = bench.vae.decode(latent)
-                back, z = reconstructed(bench, name, steps, latent, bench.prompt(caption))
-                result = bench.vae.decode(back)
-                near = figures(result, decoded, None, "gaussian", 1.0, "bench")
-                apart = feature_distance(image=result, reference=decoded, sigma=0.2, blocks="double:1-2, single:0-2", seed=0)[0]
-                found.append([float(near.mse.mean()), float(near.psnr.mean()), float(near.ssim.mean()), apart, float(z.std())])
-            mse, psnr, ssim, apart, std = (statistics.mean(column) for column in zip(*found))
-            figures_shown = [f"{mse:.6f}", f"{psnr:.2f}", f"{ssim:.4f}", f"{apart:.4f}", f"{std:.3f}"]
-            rows.append([budget, name, calls_of(name, steps), steps, *figures_shown])
-    header = ["budget", "inversion", "nfe", "steps", "mse", "psnr", "ssim", "feature_distance", "noise_std"]
-    write_table("editing_reconstruction", header, rows)
+    psnr, rest = [], []
+    for part in pictures.split():
+        back, z = reconstructed(bench, inverter, steps, part.latent, part.conditioning(bench, prompt))
+        result = bench.vae.decode(back)
+        near = figures(result, part.decoded, None, "gaussian", 1.0, "bench")
+        apart = feature_distance(image=result, reference=part.decoded, sigma=0.2, blocks="double:1-2, single:0-2", seed=0)[0]
+        psnr.append(near.psnr)
+        rest.append([float(near.mse.mean()), float(near.psnr.mean()), float(near.ssim.mean()), float(apart), float(z.std())])
+    return torch.cat(psnr), [statistics.mean(column) for column in zip(*rest)]
+
+
+def bench_reconstruction(bench: Bench, pictures: Pictures, budgets: tuple[int, ...]) -> None:
+    rows = []
+    for prompt in ("caption", "empty"):
+        for budget in budgets:
+            plain = None
+            for name in sorted(INVERTERS, key=lambda name: name != "euler"):  # Euler first, the others are compared with it
+                steps = max(count for count in range(1, budget) if calls_of(name, count) <= budget)
+                psnr, (mse, mean, ssim, apart, std) = round_trip(bench, pictures, prompt, name, steps)
+                plain = psnr if plain is None else plain
+                better = f"{int((psnr > plain).sum())}/{len(psnr)}"
+                shown = [f"{mse:.6f}", f"{mean:.2f}", f"{float(psnr.min()):.2f}", f"{ssim:.4f}", f"{apart:.4f}", f"{std:.3f}", better]
+                rows.append([prompt, budget, name, calls_of(name, steps), steps, *shown])
+                print("  ".join(map(str, rows[-1])), flush=True)
+    header = ["prompt", "budget", "inversion", "nfe", "steps", "mse", "psnr", "psnr_worst", "ssim", "feature_distance", "noise_std"]
+    write_table("editing_reconstruction", [*header, "better_than_euler"], rows)
+
+
+def bench_steepness(bench: Bench, pictures: Pictures, fine: int) -> None:
+    """Where the round trip errs. Truth is RF-Solver at `fine` steps.
+
+    up       RMS error of the noise that the solver finds
+    growth   RMS error of x0 over that of the noise, when that noise is brought back exactly: the flow's own factor
+    down     RMS error of x0 when the solver brings back the true noise
+    round    RMS error of x0 when it brings back its own
+    """
+    rows, part = [], pictures.split()[0]
+    for prompt in ("caption", "empty"):
+        conditioning = part.conditioning(bench, prompt)
+        z = walked(bench, InvertSampler("rf_solver"), inversion_sigmas(uniform(fine)), part.latent, conditioning)
+        truth = walked(bench, down("rf_solver"), uniform(fine), z, conditioning)
+        for solver, steps in (("euler", 20), ("rf_solver", 10), ("euler", 30), ("rf_solver", 15)):
+            found = walked(bench, InvertSampler(solver), inversion_sigmas(uniform(steps)), part.latent, conditioning)
+            exactly = walked(bench, down("rf_solver"), uniform(fine), found, conditioning)
+            below, both = (walked(bench, down(solver), uniform(steps), start, conditioning) for start in (z, found))
+            up = rms(found - z)
+            errors = [up, rms(exactly - truth) / up, rms(below - truth), rms(both - part.latent)]
+            medians = [f"{float(error.median()):.4f}" for error in errors]
+            rows.append([prompt, solver, steps, *medians, f"{float(rms(truth - part.latent).median()):.4f}"])
+    write_table("editing_steepness", ["prompt", "solver", "steps", "up", "growth", "down", "round", "round_of_truth"], rows)
+
+
+def rms(x: torch.Tensor) -> torch.Tensor:
+    """Of each row, `(b,)`."""
+    return x.square().flatten(1).mean(1).sqrt()
 
 
 def bench_editing(bench: Bench) -> None:
@@ -185,13 +251,17 @@ def bench_features(bench: Bench, rounds: int) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--quick", action="store_true", help="budgets 20 and 40, one round")
-    parser.add_argument("--tables", nargs="+", choices=("reconstruction", "methods", "features"), help="only these")
-    parser.add_argument("--pictures", help="a folder of PNG files to reconstruct in place of those that ship")
+    tables = ("reconstruction", "steepness", "methods", "features")
+    parser.add_argument("--quick", action="store_true", help="8 pictures, budgets 20 and 40, one round")
+    parser.add_argument("--tables", nargs="+", choices=tables, default=tables, help="only these")
+    parser.add_argument("--pictures", help="a folder of PNG files to reconstruct in place of the held-out ones")
     arguments = parser.parse_args()
-    bench, chosen = Bench(), arguments.tables or ("reconstruction", "methods", "features")
+    bench, chosen = Bench(), arguments.tables
+    pictures = Pictures.load(bench, arguments.pictures, 8 if arguments.quick else None)
     if "reconstruction" in chosen:
-        bench_reconstruction(bench, load_pictures(arguments.pictures), BUDGETS[:2] if arguments.quick else BUDGETS)
+        bench_reconstruction(bench, pictures, BUDGETS[:2] if arguments.quick else BUDGETS)
+    if "steepness" in chosen:
+        bench_steepness(bench, pictures, 40 if arguments.quick else 120)
     if "methods" in chosen:
         bench_editing(bench)
     if "features" in chosen:

@@ -1,0 +1,42 @@
+"""RF-Edit inside a real ComfyUI on its own classes: Flux, SD3, HunyuanVideo, Wan, Qwen-Image and LTX-Video at toy sizes."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+pytestmark = pytest.mark.comfyui
+
+ROOT = Path(__file__).resolve().parents[2]
+# Image tokens and text tokens in the values of one block; Wan and LTX-Video read their text in another attention.
+TOKENS = {"Flux": 12 + 5, "SD3": 12 + 5, "HunyuanVideo": 36 + 5, "Wan": 36, "Qwen-Image": 12 + 5, "LTX-Video": 36}
+
+
+@pytest.fixture(scope="module")
+def answers():
+    checkout, python = os.environ["COMFYUI_PATH"], os.environ.get("COMFYUI_PYTHON", sys.executable)
+    paths = [os.environ.get("PYTHONPATH", ""), checkout]
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(path for path in paths if path)}
+    command = [python, str(ROOT / "tests" / "samplers" / "comfyui_editing.py"), str(ROOT)]
+    done = subprocess.run(command, env=environment, cwd=checkout, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr[-4000:]
+    return json.loads(done.stdout.strip().splitlines()[-1])
+
+
+@pytest.mark.parametrize("family", TOKENS)
+def test_features_of_every_family(answers, family):
+    found = answers[family]
+    assert found["family"] == family and found["tokens"] == TOKENS[family]
+    assert found["no_steps"] and found["strength_0"], "off is off, to the last bit"
+    assert found["put_back"] and found["others_untouched"] and found["shares"] and found["finite"]
+    assert found["image_only"] and found["freed"] and found["made_again"]
+
+
+@pytest.mark.parametrize("family", TOKENS)
+def test_the_same_prompt_at_the_same_sigma_changes_nothing_but_the_round_trips_error(answers, family):
+    assert answers[family]["identity"] < 1e-5
