@@ -39,8 +39,8 @@ class Family:
 
 FLUX = {
     "image_model": "flux", "in_channels": 16, "out_channels": 16, "vec_in_dim": 12, "context_in_dim": 20, "hidden_size": 64,
-    "mlp_ratio": 2.0, "num_heads": 2, "depth": 2, "depth_single_blocks": 2, "axes_dim": [4, 14, 14], "theta": 10000, "patch_size": 2, "qkv_bias": True,
-    "guidance_embed": True,
+    "mlp_ratio": 2.0, "num_heads": 2, "depth": 2, "depth_single_blocks": 2, "axes_dim": [4, 14, 14], "theta": 10000, "patch_size": 2,
+    "qkv_bias": True, "guidance_embed": True,
 }  # fmt: skip
 SD3 = {
     "in_channels": 16, "patch_size": 2, "depth": 2, "input_size": None, "adm_in_channels": 12, "num_patches": 100,
@@ -48,7 +48,8 @@ SD3 = {
     "context_embedder_config": {"target": "torch.nn.Linear", "params": {"in_features": 20, "out_features": 128}},
 }  # fmt: skip
 HUNYUAN = {
-    **FLUX, "image_model": "hunyuan_video", "patch_size": [1, 2, 2], "theta": 256, "guidance_embed": False, "byt5": False, "meanflow": False,
+    **FLUX, "image_model": "hunyuan_video", "patch_size": [1, 2, 2], "theta": 256, "guidance_embed": False, "byt5": False,
+    "meanflow": False,
 }  # fmt: skip
 WAN = {
     "image_model": "wan2.1", "model_type": "t2v", "dim": 48, "num_heads": 4, "ffn_dim": 64, "num_layers": 2, "patch_size": (1, 2, 2),
