@@ -41,6 +41,14 @@ NOTES = {
         "Half of the 50 steps are computed, the others are forecast; **Report** says which, and what that took. Change **interval**: 1 is "
         "the plain model, 4 shows where the picture starts to change; **order** 0 repeats steps in place of continuing their slope."
     ),
+    "region_adaptive": (
+        "After four steps only 40 % of the tokens are computed; **Map of computed tokens** shows which, bright is often. Change "
+        "**sample_ratio**: 1 is the plain model, 0.2 shows where detail goes; **focus** high_std computes the other end of the ranking."
+    ),
+    "region_with_cache": (
+        "A cache around region-adaptive sampling: steps the cache answers never reach the regions, and both reports say what they did. "
+        "Change **interval** of the cache (1 turns it off) and **sample_ratio** of the regions (1 turns them off)."
+    ),
     "image_to_image": (
         "Change **denoise**: 0.4 keeps most of the picture, 0.9 nearly nothing of it. "
         "Put **Load Image** in place of **Example Picture** to use a picture of your own, best 64×64."
@@ -56,6 +64,11 @@ NOTES = {
     "masked_completion": (
         "Random blocks of the picture are drawn anew, the rest is given; **Repaint Sampler** takes every step several times to fit both. "
         "Change **task** to outpaint, the **spatial_ratio** or the **seed** of **Video Mask**. For a video the masks run over time."
+    ),
+    "one_step_sampling": (
+        "One model call against 4 and 28 from the same noise. The tiny model is not distilled, so one step gives the mean of what the "
+        "prompt may mean, a blur; load distilled weights (InstaFlow: **Flow UNet Sampling**) in its place and one step is the picture. "
+        "cfg stays 1."
     ),
     "samplers_side_by_side": (
         "Five solvers start from one noise and make the same number of model calls (Heun one fewer). "
@@ -357,10 +370,14 @@ def _paint(name: str) -> None:
 
 def main(arguments: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=textwrap.dedent(__doc__), formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("names", nargs="*", metavar="NAME", help="only these graphs; all by default")
     parser.add_argument("--pictures", action="store_true", help="also run each graph and write its picture")
     options = parser.parse_args(arguments)
+    unknown = set(options.names) - set(graph_names())
+    if unknown:
+        parser.error(f"no graph {', '.join(sorted(unknown))}; there are {', '.join(graph_names())}")
     info = object_info()
-    for name in graph_names():
+    for name in options.names or graph_names():
         ui = to_ui(name, api_graph(name), info, NOTES[name])
         (FOLDER / f"{name}.json").write_text(written(ui), encoding="utf-8")
         if options.pictures:
