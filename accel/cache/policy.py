@@ -16,7 +16,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from enum import Enum
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from ...errors import input_error
 
@@ -142,6 +142,10 @@ class RunState:
     def observe(self, seen: Observation) -> None:
         """A computed condition, before it is kept."""
 
+    def findings(self) -> dict[str, Any]:
+        """Numbers for the report, read when the run ends; plain values that JSON knows."""
+        return {}
+
 
 @dataclass(frozen=True)
 class Policy:
@@ -168,6 +172,11 @@ class Policy:
     def keeps(self) -> bool:
         """False for a policy that only observes: every visit is full and nothing is stored."""
         return True
+
+    @property
+    def forecasts(self) -> bool:
+        """False for a policy that measures and skips nothing."""
+        return self.keeps
 
     def check(self, where: str) -> None:
         """Raises NodeInputError for settings out of range."""

@@ -44,6 +44,7 @@ class RunRecord:
     bypassed_patches: int = 0
     notes: list[str] = field(default_factory=list)
     finished: bool = False
+    findings: dict[str, Any] = field(default_factory=dict)
 
     def note(self, text: str) -> None:
         """Add a remark once."""
@@ -78,6 +79,7 @@ class RunRecord:
         ]
         if self.bypassed_patches:
             lines.append(f"{self.bypassed_patches} calls of other nodes' block patches were left out with their blocks")
+        lines += [f"{name}: {value}" for name, value in self.findings.items() if not isinstance(value, list)]
         lines += [f"note: {note}" for note in self.notes]
         lines.append("visits: " + "".join("F" if visit.decision == "full" else "·" for visit in self.visits))
         return "\n".join(lines)

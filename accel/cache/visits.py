@@ -28,14 +28,18 @@ from .targets import Call, Features, Target, Watch
 
 __all__ = ["CachePlan", "Run", "Schedule"]
 
+BETWEEN_STEPS = 1e-6  # u of a step's own sigma may fall short of its number by rounding; evaluations between steps go with the one before
+
 
 class Schedule(Protocol):
     """Which steps are computed, said beforehand. A policy without a gate skips all others; one with a gate decides on them itself."""
 
-    def full_at(self, sigma: float) -> bool: ...
+    def steps_for(self, facts: RunFacts) -> frozenset[int]:
+        """The steps of this run that are computed. Raises: NodeInputError where the schedule cannot be used for it."""
+        ...
 
     def note(self, facts: RunFacts) -> str:
-        """How it fits this run, in words; an empty string where it fits. Raises NodeInputError where it cannot be used."""
+        """How the run differs from the one it was made for, in words; an empty string where it does not."""
         ...
 
 
@@ -83,6 +87,7 @@ class Run:
         self.state = plan.policy.start(facts)
         self.store = FeatureStore(plan.policy.order, plan.policy.basis, plan.store, self.probe.order if self.probe else 0)
         self.record = RunRecord(plan.policy.line(), target.name, self.clock.steps)
+        self.scheduled = None if plan.schedule is None else plan.schedule.steps_for(facts)
         if plan.schedule is not None and (remark := plan.schedule.note(facts)):
             self.record.note(remark)
         self.inside = False
@@ -125,8 +130,9 @@ class Run:
             record.note(note)
         record.seconds, record.seconds_full, record.seconds_forecast = seconds, self._full.seconds(), self._forecast.seconds()
         record.finished = finished
-        if finished and self.policy.can_skip and self.policy.keeps and not any(visit.forecast for visit in record.visits):
+        if finished and self.policy.can_skip and self.policy.forecasts and not any(visit.forecast for visit in record.visits):
             record.note("no gain: every visit was full; fewer warm-up and tail steps, or more steps in all, leave room for forecasts")
+        record.findings = self.state.findings()
         self.store.clear()
         self._served.clear()
         self.state = None
@@ -152,12 +158,12 @@ class Run:
 
     def _choose(self, batch: _Batch, visit: Visit) -> Choice:
         """Limits first, then the schedule, then the policy; whatever they say, a forecast needs history."""
-        schedule = self.plan.schedule
         if forbidden := self.plan.limits.forbids(visit):
             return Choice(Action.FULL, forbidden)
-        if schedule is not None and schedule.full_at(visit.sigma):
+        if self.scheduled is not None and int(visit.u + BETWEEN_STEPS) in self.scheduled:
             return Choice(Action.FULL, "schedule")
-        choice = Choice(Action.SKIP, "schedule") if schedule is not None and self.probe is None else self.state.decide(visit)
+        by_schedule = self.scheduled is not None and self.probe is None
+        choice = Choice(Action.SKIP, "schedule") if by_schedule else self.state.decide(visit)
         gated = choice.action is Action.PROBE
         if choice.action is Action.FULL or self._known(batch, choice.part) and not (gated and not self._known(batch, PROBE)):
             return choice
