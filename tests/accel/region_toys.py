@@ -34,7 +34,9 @@ def with_ras(model, log: RegionLog | None = None, kv: str = "full", **changed):
     return attach(model, plan, log, "RAS test"), log
 
 
-def sample(model, noise, *, steps=8, cfg=3.0, sampler="euler", sigmas=None, mask=None, callback=None, positive=None, tokens=(5, 5), latent=None):
+def sample(
+    model, noise, *, steps=8, cfg=3.0, sampler="euler", sigmas=None, mask=None, callback=None, positive=None, tokens=(5, 5), latent=None
+):
     guider = CFGGuider(model)
     guider.set_conds(positive or conditioning(5, tokens[0]), conditioning(9, tokens[1]))
     guider.set_cfg(cfg)
@@ -84,7 +86,8 @@ class OneVisit:
             run.active = torch.zeros(self.batch, self.grid.count, dtype=torch.bool).scatter_(1, index, True)
         options = dict(self.attached.model_options["transformer_options"])
         wrappers = {kind: {key: list(found) for key, found in keyed.items()} for kind, keyed in self.attached.wrappers.items()}
-        options.update({RUN: run, "uuids": list(range(self.conditions)), "cond_or_uncond": list(range(self.conditions)), "wrappers": wrappers})
+        conditions = list(range(self.conditions))
+        options.update({RUN: run, "uuids": conditions, "cond_or_uncond": conditions, "wrappers": wrappers})
         options.update(more.pop("options", {}))
         with torch.inference_mode():
             return self.model.model.apply_model(
