@@ -3,6 +3,7 @@
     reconstruction  PSNR, SSIM and feature distance of x0 → z → x0 at 20, 40 and 60 evaluations: every inversion, caption and empty prompt
     steepness       why the empty prompt is hard: what each half of the round trip errs, and how the way down enlarges it
     methods         likeness inside and outside the edited region, and the class margin, of every method at equal evaluations
+    figure          docs/inversion_prompts.png, drawn from the table of reconstruction
     features        bytes and seconds of RF-Edit's bank: held, capped to nothing, and the plain run
 
 Pictures to reconstruct: the 32 held-out ones of bench/pictures under their captions, or every PNG of --pictures, whose file name is its
@@ -16,6 +17,8 @@ mean over four sigmas and eight noises, divided by their sum. Above 0 the model 
 from __future__ import annotations
 
 import argparse
+import csv
+import itertools
 import statistics
 import time
 from dataclasses import dataclass
@@ -28,12 +31,13 @@ from PIL import Image
 from rectiflow import NODE_CLASS_MAPPINGS as NODES
 from rectiflow.host import KSAMPLER, CFGGuider, calc_cond_batch, cfg_function, sample_custom
 from rectiflow.metrics.fidelity import figures
+from rectiflow.metrics.plot import Chart, Series, line_chart
 from rectiflow.samplers.edit_methods import EditTask, HostCalls, parse_methods, run_method
 from rectiflow.samplers.feature_sharing import EDIT_SOLVERS
 from rectiflow.samplers.inversion import INVERTERS, InvertSampler, inversion_sigmas
 from rectiflow.samplers.registry import SOLVERS
 from rectiflow.samplers.sampler_object import FlowSampler
-from table import write_table
+from table import RESULTS, write_table
 
 BUDGETS = (20, 40, 60)
 ROWS = 8  # pictures in one model call
@@ -171,6 +175,19 @@ def bench_reconstruction(bench: Bench, pictures: Pictures, budgets: tuple[int, .
     write_table("editing_reconstruction", [*header, "better_than_euler"], rows)
 
 
+def draw_figure() -> None:
+    """PSNR over evaluations of the reconstruction table: the caption's lines beside those of the empty prompt."""
+    with open(RESULTS / "editing_reconstruction.csv", newline="") as file:
+        rows = list(csv.DictReader(file))
+    lines = []
+    for prompt, name in itertools.product(("caption", "empty"), ("euler", "rf_solver", "heun")):
+        points = [(float(row["nfe"]), float(row["psnr"])) for row in rows if (row["prompt"], row["inversion"]) == (prompt, name)]
+        lines.append(Series(f"{name}, {prompt}", tuple(points)))
+    chart = Chart("32 held-out pictures: noise and back", "evaluations", "PSNR, dB", x_ticks=(20.0, 40.0, 60.0), width=760)
+    pixels = (line_chart(lines, chart)[0] * 255).round().byte().numpy()
+    Image.fromarray(pixels).save(Path(__file__).parents[1] / "docs" / "inversion_prompts.png", optimize=True)
+
+
 def bench_steepness(bench: Bench, pictures: Pictures, fine: int) -> None:
     """Where the round trip errs. Truth is RF-Solver at `fine` steps.
 
@@ -184,7 +201,7 @@ def bench_steepness(bench: Bench, pictures: Pictures, fine: int) -> None:
         conditioning = part.conditioning(bench, prompt)
         z = walked(bench, InvertSampler("rf_solver"), inversion_sigmas(uniform(fine)), part.latent, conditioning)
         truth = walked(bench, down("rf_solver"), uniform(fine), z, conditioning)
-        for solver, steps in (("euler", 20), ("rf_solver", 10), ("euler", 30), ("rf_solver", 15)):
+        for solver, steps in (("euler", 20), ("rf_solver", 10), ("heun", 10)):
             found = walked(bench, InvertSampler(solver), inversion_sigmas(uniform(steps)), part.latent, conditioning)
             exactly = walked(bench, down("rf_solver"), uniform(fine), found, conditioning)
             below, both = (walked(bench, down(solver), uniform(steps), start, conditioning) for start in (z, found))
@@ -251,7 +268,7 @@ def bench_features(bench: Bench, rounds: int) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    tables = ("reconstruction", "steepness", "methods", "features")
+    tables = ("reconstruction", "figure", "steepness", "methods", "features")
     parser.add_argument("--quick", action="store_true", help="8 pictures, budgets 20 and 40, one round")
     parser.add_argument("--tables", nargs="+", choices=tables, default=tables, help="only these")
     parser.add_argument("--pictures", help="a folder of PNG files to reconstruct in place of the held-out ones")
@@ -260,8 +277,10 @@ def main() -> None:
     pictures = Pictures.load(bench, arguments.pictures, 8 if arguments.quick else None)
     if "reconstruction" in chosen:
         bench_reconstruction(bench, pictures, BUDGETS[:2] if arguments.quick else BUDGETS)
+    if "figure" in chosen:
+        draw_figure()
     if "steepness" in chosen:
-        bench_steepness(bench, pictures, 40 if arguments.quick else 120)
+        bench_steepness(bench, pictures, 40 if arguments.quick else 60)
     if "methods" in chosen:
         bench_editing(bench)
     if "features" in chosen:

@@ -218,6 +218,31 @@ def test_interrupts_leave_no_bank(tiny, inverted, step, monkeypatch):
     assert bank.nbytes == 0
 
 
+@pytest.mark.parametrize("call", range(2 * STEPS))
+def test_a_fault_in_any_model_call_leaves_no_bank(tiny, inverted, call, monkeypatch):
+    """Out of memory, or a request to stop between two blocks, at the first and the second evaluation of every step."""
+    banks, calls = [], []
+    release = FeatureBank.release
+    monkeypatch.setattr(FeatureBank, "release", lambda self: (banks.append(self), release(self)))
+    model = tiny.model.clone()
+
+    def fail(executor, *args, **kwargs):
+        calls.append(1)
+        if len(calls) == call + 1:
+            raise MemoryError
+        return executor(*args, **kwargs)
+
+    model.add_wrapper_with_key("apply_model", "fail", fail)
+    with pytest.raises(MemoryError):
+        tiny.invert(model=model)
+    assert banks[0].nbytes == 0
+    bank = recorded(tiny)
+    calls.clear()
+    with pytest.raises(MemoryError):
+        tiny.edit(inverted, bank, model=model)
+    assert bank.nbytes == 0
+
+
 def longer(conditioning):
     return [[torch.cat([tokens, tokens[:, -2:]], dim=1), options] for tokens, options in conditioning]
 
