@@ -134,3 +134,26 @@ class RectiflowFlowInvert(Node):
         consistency = float((pointed_at[0].float().cpu() - given.cpu()).square().mean().sqrt())
         others = {key: value for key, value in latent.items() if key != "noise_mask"}
         return ({**others, "samples": inverted}, bank, consistency)
+
+
+class RectiflowNoiseSlerp(Node):
+    """Goes from one inverted picture's noise to another's on the arc between them, so that what lies between is noise too."""
+
+    TITLE = "Noise Slerp"
+    GROUP = GROUP
+    SEARCH_ALIASES = ["interpolate", "morph", "spherical", "rf++"]
+    INPUTS = (
+        socket("a", "LATENT", "An inverted latent."),
+        socket("b", "LATENT", "Another of the same size."),
+        number("t", 0.5, 0.0, 1.0, "0 is a, 1 is b. Not used where count is above 1."),
+        integer("count", 1, 1, 64, "Above 1: so many in even steps from a to b, both ends among them, as a batch."),
+    )
+    OUTPUTS = (Output("LATENT", "latent", "For Noise from Latent, or a sampler that starts from a latent."),)
+
+    def run(self, a, b, t: float, count: int):
+        import torch
+
+        from ..samplers.inversion import noise_slerp
+
+        places = [t] if count == 1 else [place / (count - 1) for place in range(count)]
+        return ({"samples": torch.cat([noise_slerp(a["samples"], b["samples"], place) for place in places])},)

@@ -21,7 +21,10 @@ from .sampler_object import GuiderModel, report_steps
 from .solvers import sample_euler, sample_heun, sample_rf_solver
 from .walk import Walk, check_sigmas
 
-__all__ = ["INVERTERS", "InvertSampler", "LatentNoise", "inversion_sigmas", "sampling_sigmas", "sample_fixed_point", "sample_uni_inv"]
+__all__ = [
+    "INVERTERS", "InvertSampler", "LatentNoise", "inversion_sigmas", "noise_slerp", "sampling_sigmas", "sample_fixed_point",
+    "sample_uni_inv",
+]
 
 
 @torch.no_grad()
@@ -165,3 +168,24 @@ class LatentNoise:
         if bool(latent["samples"].count_nonzero()) and wanted == have:
             logging.warning("Rectiflow: Noise from Latent over a latent that is not empty mixes both below sigma 1")
         return self.samples.clone()
+
+
+def noise_slerp(a: torch.Tensor, b: torch.Tensor, t: float) -> torch.Tensor:
+    """Between two noises on the arc that joins them: (sin((1 − t)·w)·a + sin(t·w)·b)/sin w, w the angle between the rows.
+
+    Unlike the straight mean it keeps the length that a noise has, which a flow expects. Rows less than 1e-4 rad apart, or opposite, where
+    no arc is shortest, are mixed on the line.
+
+    Args:
+        a, b: `(n, …)`, or one row against n. t: 0 is a, 1 is b.
+    """
+    rows = max(len(a), len(b))
+    if a.shape[1:] != b.shape[1:] or len(a) not in (1, rows) or len(b) not in (1, rows):
+        raise input_error("Noise Slerp", "a, b", (tuple(a.shape), tuple(b.shape)), "one size, and equal batches or one row", "Resize one.")
+    u, v = (x.expand(rows, *x.shape[1:]).double().flatten(1) for x in (a, b))
+    cosine = (torch.nn.functional.cosine_similarity(u, v, dim=1)).clamp(-1, 1)[:, None]
+    angle = cosine.arccos()
+    arc = (angle > 1e-4) & (angle < torch.pi - 1e-4)
+    sine = torch.where(arc, angle.sin(), 1.0)
+    near, far = torch.where(arc, ((1 - t) * angle).sin() / sine, 1 - t), torch.where(arc, (t * angle).sin() / sine, t)
+    return (near * u + far * v).reshape(rows, *a.shape[1:]).to(a.dtype)

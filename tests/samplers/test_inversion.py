@@ -9,11 +9,13 @@ import torch
 from rectiflow.errors import NodeInputError
 from rectiflow.host.embedded.model_sampling import CONST, ModelSamplingDiscreteFlow
 from rectiflow.host.embedded.samplers import KSAMPLER
+from rectiflow.nodes.inversion import RectiflowNoiseSlerp
 from rectiflow.samplers.inversion import (
     INVERTERS,
     InvertSampler,
     LatentNoise,
     inversion_sigmas,
+    noise_slerp,
     sample_fixed_point,
     sample_uni_inv,
     sampling_sigmas,
@@ -170,3 +172,24 @@ def test_noise_from_latent_checks_shape_and_sigma():
     for sigma in (0.0, 1.5, float("nan")):
         with pytest.raises(NodeInputError, match="sigma_start"):
             LatentNoise(LATENT, sigma)
+
+
+def test_slerp_keeps_length_and_angle():
+    a, b = (torch.randn(2, 4, 6, 5, generator=torch.Generator().manual_seed(seed), dtype=torch.float64) for seed in (1, 2))
+    b = b * (a.flatten(1).norm(dim=1) / b.flatten(1).norm(dim=1)).reshape(-1, 1, 1, 1)  # equal lengths: every point of the arc has them too
+    whole = torch.nn.functional.cosine_similarity(a.flatten(1), b.flatten(1)).arccos()
+    for t in (0.0, 0.25, 0.7, 1.0):
+        c = noise_slerp(a, b, t)
+        assert torch.allclose(c.flatten(1).norm(dim=1), a.flatten(1).norm(dim=1))
+        assert torch.allclose(torch.nn.functional.cosine_similarity(a.flatten(1), c.flatten(1)).clamp(-1, 1).arccos(), t * whole, atol=1e-6)
+    assert torch.allclose(noise_slerp(a, a * (1 + 1e-9), 0.3), a) and torch.isfinite(noise_slerp(a, -a, 0.3)).all()
+    assert torch.equal(noise_slerp(a[:1], b, 0.4)[1:], noise_slerp(a[:1], b[1:], 0.4))
+    with pytest.raises(NodeInputError, match="Noise Slerp: input 'a, b'"):
+        noise_slerp(a, b[:, :3], 0.5)
+
+
+def test_slerp_as_a_batch():
+    a, b = ({"samples": torch.randn(1, 4, 3, 3, generator=torch.Generator().manual_seed(seed))} for seed in (1, 2))
+    ((row,), (one,)) = (RectiflowNoiseSlerp().execute(a=a, b=b, t=0.5, count=count) for count in (3, 1))
+    assert row["samples"].shape[0] == 3 and torch.equal(row["samples"][1:2], one["samples"])
+    assert torch.allclose(row["samples"][0], a["samples"][0]) and torch.allclose(row["samples"][2], b["samples"][0])
