@@ -42,12 +42,16 @@ NOTES = {
         "the plain model, 4 shows where the picture starts to change; **order** 0 repeats steps in place of continuing their slope."
     ),
     "region_adaptive": (
-        "After four steps only 40 % of the tokens are computed; **Map of computed tokens** shows which, bright is often. Change "
-        "**sample_ratio**: 1 is the plain model, 0.2 shows where detail goes; **focus** high_std computes the other end of the ranking."
+        "After eight steps only half of the tokens are computed; **Map of computed tokens** shows which, bright is often. Change "
+        "**sample_ratio**: 1 is the plain model, 0.2 shows where detail goes; **starvation** 0 shows tokens that are never computed again."
     ),
     "region_with_cache": (
         "A cache around region-adaptive sampling: steps the cache answers never reach the regions, and both reports say what they did. "
         "Change **interval** of the cache (1 turns it off) and **sample_ratio** of the regions (1 turns them off)."
+    ),
+    "gate_against_interval": (
+        "One noise, three runs: every step computed, every fourth, and as many again where **Confidence-Gated Taylor** asks. Reports "
+        "show where each spends its steps, the numbers how near it comes. Change **threshold** and **interval**; compare at equal steps."
     ),
     "image_to_image": (
         "Change **denoise**: 0.4 keeps most of the picture, 0.9 nearly nothing of it. "
