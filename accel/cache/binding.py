@@ -51,6 +51,9 @@ def make_target(plan: CachePlan, transformer: Any, where: str) -> Target:
         ranges = {"": _chosen_blocks(plan, arch, where)}
     if not all(ranges.values()):
         raise input_error(where, "model", f"{len(arch.blocks)} blocks", "a model with more", "Set granularity to output.")
+    if arch.long_skips and any(blocks[-1] != arch.blocks[-1] for blocks in ranges.values()):
+        allowed = f"a range up to the last block: late blocks of {arch.family} read what early ones gave"
+        raise input_error(where, "blocks", plan.blocks or plan.policy.line(), allowed, "Leave blocks empty, or name a range to the end.")
     modulated = modulated_input(transformer, where) if inside and probe.at == "entry" else None
     return BlockTarget(arch, ranges, plan.target == "block_delta", modulated)
 
@@ -59,7 +62,8 @@ def _chosen_blocks(plan: CachePlan, arch: ArchSpec, where: str) -> tuple[BlockKe
     """The range that the plan names; the whole stack where it names none."""
     if plan.target != "block_delta" or not plan.blocks.strip():
         return arch.blocks
-    chosen = parse_blocks(plan.blocks, arch.layout, where)
+    named = parse_blocks(plan.blocks, arch.layout, where)
+    chosen = tuple(key if key in arch.blocks else (arch.blocks[0][0], key[1]) for key in named)
     first = arch.blocks.index(chosen[0])
     if arch.blocks[first : first + len(chosen)] != chosen:
         allowed = f"one range without gaps in {arch.layout}"

@@ -174,7 +174,7 @@ class BlockTarget:
         def at(key: BlockKey) -> Callable:
             other = seen.foreign.get(key)
 
-            def run(args: dict, extra: dict, **kwargs) -> dict:
+            def run(args: dict, extra: dict, **kwargs) -> dict | torch.Tensor:
                 if key == self.arch.blocks[0]:
                     seen.text = args["txt"].shape[1] if self.arch.carries_text else 0
                 original = extra["original_block"]
@@ -187,7 +187,7 @@ class BlockTarget:
 
     def _state(self, key: BlockKey, values: dict, seen: _Pass) -> State:
         """Streams before or after a block."""
-        img = values["img"]
+        img = values if self.arch.bare and isinstance(values, torch.Tensor) else values[self.arch.stream]
         if not self.arch.joins(key):
             return img, values.get("txt") if self.arch.carries_text else None
         if self.arch.text_first:
@@ -208,11 +208,14 @@ class BlockTarget:
         streams = ((img, start[0]), (txt, start[1]))[: 1 + self.with_text(part)]
         return tuple(after.detach() - before for after, before in streams)
 
-    def _left_out(self, key: BlockKey, args: dict, seen: _Pass) -> dict:
+    def _left_out(self, key: BlockKey, args: dict, seen: _Pass) -> dict | torch.Tensor:
         """What a block of the range hands on without running; the last one puts the features back."""
         seen.bypassed += key in seen.foreign
-        if key != self.ranges[seen.part][-1]:
-            return {name: args[name] for name in ("img", "txt") if name in args}
+        first, last = self.ranges[seen.part][0], self.ranges[seen.part][-1]
+        if key != last:
+            # Hosts add residuals in place; what entered the range must not change with them, a side network may read it later.
+            img = args[self.arch.stream].clone() if key == first else args[self.arch.stream]
+            return img if self.arch.bare else {"img": img, **({"txt": args["txt"]} if "txt" in args else {})}
         img, txt = self._state(key, args, seen)
         new = [feature.to(img.dtype) for feature in seen.features]
         if self.relative:
@@ -220,4 +223,6 @@ class BlockTarget:
         img, txt = new[0], new[1] if self.with_text(seen.part) else txt
         if self.arch.joins(key):
             return {"img": torch.cat((txt, img) if self.arch.text_first else (img, txt), dim=1)}
+        if self.arch.bare:
+            return img
         return {"img": img, "txt": txt} if "txt" in args else {"img": img}
