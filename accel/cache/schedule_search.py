@@ -1,0 +1,218 @@
+"""From a recording to a schedule: errors of every forecast that a cache could make, and the plan with the smallest sum.
+
+The error of step l served from computed steps is that of the engine's own forecast (forecast.py) against the recorded feature,
+
+    rel_l1   Σ|F̂ − F| / Σ|F|          rel_l2   ‖F̂ − F‖ / ‖F‖          cosine   1 − mean over tokens of cos(F̂, F)
+
+the largest over a picture's conditions (one schedule serves all of them), the mean over pictures and runs. With weights `dsigma` it
+is multiplied by |σ_{l+1} − σ_l|, the length of the step that uses it: for the velocity itself the sum then bounds the change of the final
+latent to first order. `cosine` with order 0 is the sharing schedule of DDT, arXiv 2504.05741.
+
+Errors are those along the uncached run. A cached run leaves that path, so a searched cost is an estimate; bench/schedules.py measures what
+it is worth on other prompts.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from ...errors import input_error
+from .forecast import Ladder
+from .recording import Recording
+from .schedule import CacheSchedule
+from .search import Plan, best_forecast_plans, best_reuse_plans, even_steps, forbid, gap_costs, improve, plan_cost
+
+__all__ = ["METRICS", "ForecastCosts", "SearchOptions", "SearchResult", "search_schedule"]
+
+METRICS = ("rel_l1", "rel_l2", "cosine")
+WEIGHTS = ("none", "dsigma")
+MOST_STEPS = 200  # tables of lines hold steps³ numbers, and the work grows as steps³·budget
+
+
+@dataclass(frozen=True)
+class SearchOptions:
+    """budget: steps to compute. longest: most steps forecast in a row, 0 for any. first, last: steps at the ends that are computed."""
+
+    budget: int
+    order: int = 1
+    basis: str = "newton"
+    axis: str = "step"
+    metric: str = "rel_l2"
+    weights: str = "none"
+    longest: int = 0
+    first: int = 1
+    last: int = 1
+
+    def forced(self, steps: int) -> tuple[int, ...]:
+        return (*range(self.first), *range(steps - self.last, steps))
+
+
+@dataclass(frozen=True)
+class SearchResult:
+    """The schedule, and for every budget from 1 to T the cost of the best plan and of even steps (infinite where no plan is allowed).
+
+    errors, even_errors: of each step under the schedule and under as many even steps, weighted, 0 where it is computed.
+    """
+
+    schedule: CacheSchedule
+    costs: tuple[float, ...]
+    even: tuple[float, ...]
+    errors: tuple[float, ...]
+    even_errors: tuple[float, ...]
+    pictures: int
+
+
+def error_of(predicted: Tensor, exact: Tensor, metric: str) -> Tensor:
+    """(…, tokens, channels) twice → (…)."""
+    if metric == "cosine":
+        return 1 - torch.nn.functional.cosine_similarity(predicted, exact, dim=-1).mean(-1)
+    wrong, norm = (predicted - exact).flatten(-2), exact.flatten(-2)
+    power = 1 if metric == "rel_l1" else 2
+    scale = norm.norm(power, dim=-1)
+    return wrong.norm(power, dim=-1) / scale.clamp_min(torch.finfo(scale.dtype).tiny)
+
+
+class ForecastCosts:
+    """Errors of forecasts over the pictures of a recording.
+
+    Args:
+        pictures: a list a picture, of its conditions' traces (T, tokens, channels).
+        positions: of the T steps on the axis of the forecast.
+        weights: (T,).
+    """
+
+    def __init__(self, pictures: Sequence[Sequence[Tensor]], positions: Sequence[float], options: SearchOptions, weights: Tensor):
+        self.pictures, self.positions, self.options, self.step_weights = pictures, positions, options, weights
+        self.steps = len(positions)
+        self._gaps: dict[tuple[tuple[int, ...], int], float] = {}
+
+    def errors(self, history: Sequence[int], steps: range) -> Tensor:
+        """(len(steps),) float64, the error of each step served from the computed steps of `history`, rising."""
+        mix = self._mix(history, steps)  # (l, k)
+        used = list(history)
+        total = torch.zeros(len(steps), dtype=torch.float64)
+        for conditions in self.pictures:
+            found = []
+            for trace in conditions:
+                known, exact = trace[used].float(), trace[steps.start : steps.stop].float()
+                found.append(error_of(torch.einsum("lk,knc->lnc", mix, known), exact, self.options.metric))
+            total += torch.stack(found).amax(0)
+        return total / len(self.pictures)
+
+    def reuse_gaps(self) -> Tensor:
+        """(T, T + 1), see gap_costs: from the latest computed step alone."""
+        table = torch.zeros(self.steps, self.steps, dtype=torch.float64)
+        for i in range(self.steps - 1):
+            table[i, i + 1 :] = self.errors((i,), range(i + 1, self.steps))
+        return gap_costs(table, self.step_weights)
+
+    def line_gaps(self) -> Tensor:
+        """(T, T, T + 1): from the line through steps j < i."""
+        table = torch.zeros(self.steps, self.steps, self.steps, dtype=torch.float64)
+        for i in range(1, self.steps - 1):
+            for j in range(i):
+                table[j, i, i + 1 :] = self.errors((j, i), range(i + 1, self.steps))
+        return gap_costs(table, self.step_weights)
+
+    def gap(self, history: tuple[int, ...], end: int) -> float:
+        """The cost of the steps between the last of `history` and `end`, by as many computed steps as the order takes."""
+        used = history[-(self.options.order + 1) :]
+        if (used, end) not in self._gaps:
+            inner = range(used[-1] + 1, end)
+            cost = float((self.errors(used, inner) * self.step_weights[inner.start : inner.stop]).sum()) if len(inner) else 0.0
+            self._gaps[used, end] = cost
+        return self._gaps[used, end]
+
+    def served(self, computed: Sequence[int]) -> tuple[float, ...]:
+        """The weighted error of every step under a plan, 0 where it is computed."""
+        found = [0.0] * self.steps
+        for k, end in enumerate((*computed[1:], self.steps)):
+            inner = range(computed[k] + 1, end)
+            if len(inner):
+                history = computed[max(0, k - self.options.order) : k + 1]
+                found[inner.start : inner.stop] = (self.errors(history, inner) * self.step_weights[inner.start : inner.stop]).tolist()
+        return tuple(found)
+
+    def _mix(self, history: Sequence[int], steps: range) -> Tensor:
+        """(len(steps), len(history)): the share of each computed step in each forecast; forecasts are linear in what they keep."""
+        ladder = Ladder(self.options.order, self.options.basis)
+        for unit, step in zip(torch.eye(len(history)), history):
+            ladder.update(self.positions[step], unit)
+        return torch.stack([ladder.predict(self.positions[step]) for step in steps])
+
+
+def search_schedule(recording: Recording, options: SearchOptions, where: str) -> SearchResult:
+    """The cheapest schedule of `options.budget` computed steps for what was recorded.
+
+    Raises: NodeInputError for a recording without a whole run, a budget or bounds that no plan of its steps can meet.
+    """
+    runs = recording.whole_runs(where)
+    sigmas = runs[-1].sigmas
+    steps = len(sigmas) - 1
+    _check(options, steps, where)
+    pictures = list(_pictures(runs))
+    weights = torch.ones(steps, dtype=torch.float64)
+    if options.weights == "dsigma":
+        weights = torch.tensor(sigmas, dtype=torch.float64).diff().abs()
+        weights = weights / weights.mean()
+    positions = [float(step) for step in range(steps)] if options.axis == "step" else list(sigmas[:-1])
+    costs = ForecastCosts(pictures, positions, options, weights)
+    forced = options.forced(steps)
+    gaps = costs.reuse_gaps()
+    if options.order == 0:
+        plans = best_reuse_plans(forbid(gaps, forced, options.longest))
+    else:
+        lines = costs.line_gaps() if steps > 1 else gaps[None]
+        first = forbid(gaps[:1], forced, options.longest)[0]
+        plans = best_forecast_plans(first, forbid(lines, forced, options.longest))
+    plan = plans[options.budget - 1]
+    if not plan.cost < float("inf"):
+        got = f"{options.budget} of {steps} steps, at most {options.longest} forecast in a row"
+        raise input_error(where, "budget", got, "a budget that the bounds leave room for", "Raise budget or max_skips.")
+    if options.order > 1:
+        plan = _bent(plan, costs, forced, options.longest)
+    even = tuple(plan_cost(even_steps(steps, budget), steps, costs.gap) for budget in range(1, steps + 1))
+    schedule = CacheSchedule(
+        sigmas, plan.computed, options.order, options.basis, options.axis, recording.target, recording.blocks, recording.family,
+        options.metric, plan.cost, even[options.budget - 1],
+    )  # fmt: skip
+    found = [found.cost for found in plans]
+    found[options.budget - 1] = plan.cost
+    served = costs.served(plan.computed), costs.served(even_steps(steps, options.budget))
+    return SearchResult(schedule, tuple(found), even, *served, len(pictures))
+
+
+def _bent(plan: Plan, costs: ForecastCosts, forced: tuple[int, ...], longest: int) -> Plan:
+    """For orders above 1: from the best plan for lines, one computed step moved at a time."""
+
+    def gap(history: tuple[int, ...], end: int) -> float:
+        return float("inf") if longest and end - history[-1] - 1 > longest else costs.gap(history, end)
+
+    return improve(plan, costs.steps, gap, forced)
+
+
+def _check(options: SearchOptions, steps: int, where: str) -> None:
+    if steps > MOST_STEPS:
+        remedy = "Record fewer steps; a schedule serves longer runs too."
+        raise input_error(where, "recording", f"{steps} steps", f"at most {MOST_STEPS}", remedy)
+    forced = len({0, *(step for step in options.forced(steps) if step >= 0)})
+    if options.first + options.last > steps:
+        got = f"{options.first} first and {options.last} last of {steps} steps"
+        raise input_error(where, "first_steps", got, f"together at most {steps}", "Lower first_steps or last_steps.")
+    if not forced <= options.budget <= steps:
+        raise input_error(where, "budget", options.budget, f"{forced} to {steps} steps", "Set the number of steps to compute.")
+    for name, value, allowed in (("metric", options.metric, METRICS), ("weights", options.weights, WEIGHTS)):
+        if value not in allowed:
+            raise input_error(where, name, value, ", ".join(allowed), "Choose one of these.")
+
+
+def _pictures(runs) -> Iterator[list[Tensor]]:
+    """Per row of each run's batch the traces of its conditions: rows of different conditions belong together by place."""
+    for run in runs:
+        whole = list(run.complete().values())
+        for row in range(max(trace.shape[1] for trace in whole)):
+            yield [trace[:, min(row, trace.shape[1] - 1)] for trace in whole]
