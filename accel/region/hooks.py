@@ -16,7 +16,7 @@ import torch
 from ...families.blocks import BlockKey
 from ...families.tokens import TokenSpec
 from ...kernels.token_gather import gather_tokens, scatter_tokens
-from .kv_cache import KVStore, attend_all, keep_rows
+from .kv_cache import KVStore, RowPlan, all_rows, keep_rows
 
 __all__ = ["LAYER", "LayerTag", "PartialCall", "Unfit"]
 
@@ -195,16 +195,16 @@ class PartialCall:
             if tag is None or tag.name is None:
                 return inner(q, k, v, *args, **kwargs)
             place, tag.calls = tag.calls, tag.calls + 1
-            start = k.shape[-2] - self.rows
-            if k.shape[-2] != q.shape[-2] or start not in (0, self.text) or place and not self.spec.text_inside:
+            axis = 2 if kwargs.get("skip_reshape") else 1
+            start = k.shape[axis] - self.rows
+            if k.shape[axis] != q.shape[axis] or start not in (0, self.text) or place and not self.spec.text_inside:
                 return inner(q, k, v, *args, **kwargs)  # attention to something else than these tokens, such as text read from outside
             layer = (tag.name, place)
+            plan = RowPlan(axis, start, self.tokens, self.spec.kv_repeat)
             if self.index is None:
-                keep_rows(self.store, self.keys, layer, k, v, start, self.tokens, self.spec.kv_repeat)
-                return inner(q, k, v, *args, **kwargs)
-            repeat = self.spec.kv_repeat
-            return attend_all(
-                self.store, self.keys, layer, self.index, start, self.tokens, repeat, k, v, lambda K, V: inner(q, K, V, *args, **kwargs)
-            )
+                keep_rows(self.store, self.keys, layer, plan, k, v)
+            else:
+                k, v = all_rows(self.store, self.keys, layer, plan, self.index, k, v)
+            return inner(q, k, v, *args, **kwargs)
 
         return attention

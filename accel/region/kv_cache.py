@@ -12,7 +12,8 @@ choices, and the size has a cap.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Hashable, Sequence
+from collections.abc import Hashable, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -21,13 +22,13 @@ from ...errors import input_error
 from ...kernels.token_gather import write_tokens
 from .plan import KVOptions
 
-__all__ = ["KVStore", "attend_all", "keep_rows"]
+__all__ = ["KVStore", "RowPlan", "all_rows", "keep_rows"]
 
 Layer = tuple[Any, int]  # the block, and which of its attentions
 
 
 class KVStore:
-    """K and V of one run: (condition, layer) → two tensors, each (b, h, n, d) or (b, n, h·d)."""
+    """K and V of one run: (condition, layer) → two tensors, each (b, h, n, d), (b, n, h, d) or (b, n, h·d)."""
 
     def __init__(self, options: KVOptions, layers: int, where: str):
         self.options, self.layers, self.where = options, layers, where
@@ -64,52 +65,59 @@ class KVStore:
         self.nbytes = 0
 
 
-def _image_rows(x: torch.Tensor, start: int, count: int, repeat: int) -> torch.Tensor:
-    """Image rows along the axis before the last, repeated heads once."""
-    rows = x.narrow(-2, start, count)
-    return rows[:, ::repeat] if repeat > 1 and x.ndim == 4 else rows
+@dataclass(frozen=True)
+class RowPlan:
+    """Where image tokens stand in K and V: `count` rows from `start` on along `axis`, 1 as (b, n, …), 2 as (b, h, n, d).
+
+    repeat: equal heads that come one after the other (axis 2), of which one is kept.
+    """
+
+    axis: int
+    start: int
+    count: int
+    repeat: int = 1
+
+    def rows(self, x: torch.Tensor, start: int, count: int) -> torch.Tensor:
+        rows = x.narrow(self.axis, start, count)
+        return rows[:, :: self.repeat] if self.repeat > 1 and self.axis == 2 else rows
+
+    def all_heads(self, x: torch.Tensor) -> torch.Tensor:
+        return x.repeat_interleave(self.repeat, dim=1) if self.repeat > 1 and self.axis == 2 else x
 
 
-def keep_rows(
-    store: KVStore, keys: Sequence[Hashable], layer: Layer, k: torch.Tensor, v: torch.Tensor, start: int, count: int, repeat: int
-) -> None:
-    """Store rows start … start + count of a whole batch, one part a condition."""
-    parts = [_image_rows(x, start, count, repeat).chunk(len(keys)) for x in (k, v)]
+def keep_rows(store: KVStore, keys: Sequence[Hashable], layer: Layer, plan: RowPlan, k: torch.Tensor, v: torch.Tensor) -> None:
+    """Store the image rows of a whole batch, one part a condition."""
+    parts = [plan.rows(x, plan.start, plan.count).chunk(len(keys)) for x in (k, v)]
     for key, k_part, v_part in zip(keys, *parts):
         store.keep(key, layer, k_part, v_part, len(keys))
 
 
-def attend_all(
-    store: KVStore, keys: Sequence[Hashable], layer: Layer, index: torch.Tensor, start: int, count: int, repeat: int,
-    k: torch.Tensor, v: torch.Tensor, attention: Callable[[torch.Tensor, torch.Tensor], torch.Tensor],
-) -> torch.Tensor:  # fmt: skip
-    """Run attention(K, V) with all `count` image rows; the call's own a rows stand at start … start + a of k and v.
+def all_rows(
+    store: KVStore, keys: Sequence[Hashable], layer: Layer, plan: RowPlan, index: torch.Tensor, k: torch.Tensor, v: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """K and V with all image rows, from those of a call whose a computed rows stand at plan.start; they are written into the store.
 
     index: (1 or rows of a condition, a), the same for every condition.
     """
-    full = [_completed(store, keys, layer, place, x, index, start, count, repeat) for place, x in enumerate((k, v))]
-    return attention(*full)
+    return tuple(_completed(store, keys, layer, plan, index, place, x) for place, x in enumerate((k, v)))
 
 
 def _completed(
-    store: KVStore, keys: Sequence[Hashable], layer: Layer, place: int, x: torch.Tensor, index: torch.Tensor,
-    start: int, count: int, repeat: int,
-) -> torch.Tensor:  # fmt: skip
-    """Keys (place 0) or values (1) of all rows, those of this call in the cache and in the result."""
-    active = index.shape[1]
+    store: KVStore, keys: Sequence[Hashable], layer: Layer, plan: RowPlan, index: torch.Tensor, place: int, x: torch.Tensor
+) -> torch.Tensor:
+    """Keys (place 0) or values (1)."""
+    axis, start, count, active = plan.axis, plan.start, plan.count, index.shape[1]
     shape = list(x.shape)
-    shape[-2] += count - active
+    shape[axis] += count - active
     full = x.new_empty(shape)
-    full.narrow(-2, 0, start).copy_(x.narrow(-2, 0, start))
-    behind = x.shape[-2] - start - active
-    full.narrow(-2, start + count, behind).copy_(x.narrow(-2, start + active, behind))
-    image, own = full.narrow(-2, start, count), x.narrow(-2, start, active)
-    axis = x.ndim - 2
+    full.narrow(axis, 0, start).copy_(x.narrow(axis, 0, start))
+    behind = x.shape[axis] - start - active
+    full.narrow(axis, start + count, behind).copy_(x.narrow(axis, start + active, behind))
+    image, own = full.narrow(axis, start, count), x.narrow(axis, start, active)
     for key, target, rows in zip(keys, image.chunk(len(keys)), own.chunk(len(keys))):
         kept = store.rows[key, layer][place]
-        update = _image_rows(rows, 0, active, repeat).detach().to(kept.device, kept.dtype)
+        update = plan.rows(rows, 0, active).detach().to(kept.device, kept.dtype)
         write_tokens(kept, index.to(kept.device), update, axis)
-        old = kept.to(x.device, x.dtype)
-        target.copy_(old.repeat_interleave(repeat, dim=1) if repeat > 1 and x.ndim == 4 else old)
+        target.copy_(plan.all_heads(kept.to(x.device, x.dtype)))
         write_tokens(target, index, rows, axis)  # this call's rows as they are, whatever precision is kept
     return full
