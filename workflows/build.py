@@ -41,6 +41,10 @@ NOTES = {
         "Half of the 50 steps are computed, the others are forecast; **Report** says which, and what that took. Change **interval**: 1 is "
         "the plain model, 4 shows where the picture starts to change; **order** 0 repeats steps in place of continuing their slope."
     ),
+    "high_resolution_rope": (
+        "A picture of twice the side the model was trained at. Change **method**: `none` is the plain model, where things repeat; "
+        "`position_interpolation` stretches all frequencies alike. **train_rows** and **train_columns** are 8 for this model, 64 for Flux."
+    ),
     "region_adaptive": (
         "After eight steps only half of the tokens are computed; **Map of computed tokens** shows which, bright is often. Change "
         "**sample_ratio**: 1 is the plain model, 0.2 shows where detail goes; **starvation** 0 shows tokens that are never computed again."
@@ -52,10 +56,6 @@ NOTES = {
     "gate_against_interval": (
         "One noise, three runs: every step computed, every fourth, and as many again where **Confidence-Gated Taylor** asks. Reports "
         "show where each spends its steps, the numbers how near it comes. Change **threshold** and **interval**; compare at equal steps."
-    ),
-    "schedule_search": (
-        "One picture is sampled whole and recorded, the search picks 7 of its 16 steps, and another prompt is sampled with these. "
-        "Change **budget** and watch **What a budget costs**; order 0 finds other steps than order 1. Record four and more for real use."
     ),
     "image_to_image": (
         "Change **denoise**: 0.4 keeps most of the picture, 0.9 nearly nothing of it. "
