@@ -57,6 +57,10 @@ NOTES = {
         "One noise, three runs: every step computed, every fourth, and as many again where **Confidence-Gated Taylor** asks. Reports "
         "show where each spends its steps, the numbers how near it comes. Change **threshold** and **interval**; compare at equal steps."
     ),
+    "schedule_search": (
+        "One picture is sampled whole and recorded, the search picks 7 of its 16 steps, and another prompt is sampled with these. "
+        "Change **budget** and watch **What a budget costs**; order 0 finds other steps than order 1. Record four and more for real use."
+    ),
     "image_to_image": (
         "Change **denoise**: 0.4 keeps most of the picture, 0.9 nearly nothing of it. "
         "Put **Load Image** in place of **Example Picture** to use a picture of your own, best 64×64."
