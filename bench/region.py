@@ -114,8 +114,21 @@ class Runs:
         latent = guided(model, self.positive, self.negative, self.noises[seed], sigmas)
         return latent, time.perf_counter() - start
 
-    def seconds(self, model, steps: int, rounds: int) -> float:
-        return statistics.median(self.sample(model, steps, 0)[1] for _ in range(rounds))
+    def equal_steps(self, ours, others, steps: int, rounds: int) -> list[int]:
+        """Steps with which each of `others` takes the time of `ours` at `steps`, rounded up, so that it is never short of time.
+
+        Medians of interleaved rounds, in seconds of this process: they are the wall clock on a quiet machine, and stay so on a busy one.
+        """
+        ratios: list[list[float]] = [[] for _ in others]
+        for _ in range(rounds):
+            spans = []
+            for model in (ours, *others):
+                start = time.process_time()
+                self.sample(model, steps, 0)
+                spans.append(time.process_time() - start)
+            for found, span in zip(ratios, spans[1:]):
+                found.append(spans[0] / span)
+        return [math.ceil(statistics.median(found) * steps) for found in ratios]
 
     def regions(self, steps: int, **options):
         return attach(self.model, RegionPlan(**options), RegionLog(), "bench")
@@ -132,11 +145,8 @@ def measure_runs(rounds: int, sizes: list[int], steps: int, ratio: float, start:
         references = [runs.sample(runs.model, REFERENCE_STEPS, place)[0] for place in range(len(SEEDS))]
         resets = (start + (steps - start) // 3, start + 2 * (steps - start) // 3)
         ours = runs.regions(steps, ratio=ratio, start=start, resets=resets, focus="high_std", starvation=1.0, order=order, overlay=False)
-        # The others get as many steps as take the same wall clock, rounded up, so that they are never short of time.
-        budget = runs.seconds(ours, steps, rounds)
-        euler = math.ceil(budget / runs.seconds(runs.model, steps, rounds) * steps)
         every_second = runs.interval(2, start)
-        cached = math.ceil(budget / runs.seconds(every_second, steps, rounds) * steps)
+        euler, cached = runs.equal_steps(ours, (runs.model, every_second), steps, rounds)
         methods = {
             "RAS": (ours, steps, f"{steps} steps, ratio {ratio:g} from {start}, order {order}"),
             "Euler": (runs.model, euler, f"{euler} steps"),
@@ -160,8 +170,8 @@ def main() -> None:
     parser.add_argument("what", nargs="*", default=["step", "run"], help="step, run; both when none is named")
     parser.add_argument("--rounds", type=int, default=5, help="measurements a figure; medians are printed")
     parser.add_argument("--sizes", type=int, nargs="+", default=[128], help="pixels of a side")
-    parser.add_argument("--steps", type=int, default=28)
-    parser.add_argument("--ratio", type=float, default=0.5)
+    parser.add_argument("--steps", type=int, default=40)
+    parser.add_argument("--ratio", type=float, default=0.25)
     parser.add_argument("--start", type=int, default=8)
     parser.add_argument("--order", type=int, default=0)
     arguments = parser.parse_args()
