@@ -104,4 +104,5 @@ class ValueHook:
                 args = (q, k, v if changed is None else changed, *rest)
             return func(*args, **kwargs) if earlier is None else earlier(func, *args, **kwargs)
 
+        attention.rectiflow_passes_on = True  # it changes values and calls on: accel/attention/dispatch.py lets it go first
         return attention
