@@ -207,4 +207,5 @@ class PartialCall:
                 k, v = all_rows(self.store, self.keys, layer, plan, self.index, k, v)
             return inner(q, k, v, *args, **kwargs)
 
+        attention.rectiflow_passes_on = True  # to accel/attention: keys are completed first, then its handlers are asked
         return attention
