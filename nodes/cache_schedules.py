@@ -58,7 +58,7 @@ class RectiflowScheduleSearch(Node):
         choice("weights", ("none", "dsigma"), "dsigma: errors count by the length of their step in sigma; for granularity output."),
         integer("max_skips", 0, 0, 1000, "At most so many steps in a row are forecast; 0 for any number.", advanced=True),
         integer("first_steps", 1, 1, 1000, "Steps at the start that are computed in any case.", advanced=True),
-        integer("last_steps", 1, 0, 1000, "Steps at the end that are computed in any case.", advanced=True),
+        integer("last_steps", 0, 0, 1000, "Steps at the end that are computed in any case.", advanced=True),
     )
     OUTPUTS = (
         Output("STRING", "schedule", "For Schedule Cache: a text that can be kept in a workflow."),

@@ -45,7 +45,7 @@ class SearchOptions:
     weights: str = "none"
     longest: int = 0
     first: int = 1
-    last: int = 1
+    last: int = 0
 
     def forced(self, steps: int) -> tuple[int, ...]:
         return (*range(self.first), *range(steps - self.last, steps))
