@@ -220,7 +220,7 @@ def test_the_nodes_record_search_and_replay(tiny):
 @pytest.mark.parametrize("inputs, says", [
     ({"budget": 13}, "input 'budget' got 13"), ({"budget": 1}, "input 'budget' got 1;"), ({"metric": "words"}, "metric"),
     ({"budget": 3, "max_skips": 1}, "Raise budget or max_skips"), ({"compute_ratio": math.nan}, "compute_ratio"),
-    ({"first_steps": 9, "last_steps": 9}, "input 'first_steps' got '9 first and 9 last of 8 steps'"),
+    ({"first_steps": 9, "last_steps": 9}, "input 'first_steps' got '9 first and 9 last of 12 steps'"),
 ])  # fmt: skip
 def test_searches_that_cannot_be_are_named(inputs, says):
     recording = recording_of(curve(torch.full((12,), 0.1)))
