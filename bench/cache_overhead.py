@@ -1,4 +1,4 @@
-"""What a cache costs that leaves nothing out: interleaved steps of the tiny model (256 wide), plain and with interval 1, medians of seconds.
+"""What a cache costs that leaves nothing out: steps of the tiny model (256 wide), plain and with interval 1, medians of seconds.
 
     .venv/bin/python -m rectiflow.bench.cache_overhead [--rounds 40]
 """
