@@ -32,6 +32,7 @@ from comfy.samplers import (
     cfg_function,
     sampler_object,
 )
+from comfy.sd import load_lora_for_models
 from comfy.utils import ProgressBar, common_upscale
 from comfyui_version import __version__ as HOST_VERSION
 from folder_paths import get_input_directory, get_output_directory, get_save_image_path, get_temp_directory
@@ -44,7 +45,7 @@ __all__ = [
     "throw_if_interrupted", "InterruptProcessingException", "common_upscale", "conditioning_set_values", "prepare_callback",
     "get_torch_device", "intermediate_device", "load_models_gpu", "get_save_image_path", "get_output_directory", "get_input_directory",
     "get_temp_directory", "metadata_enabled", "LatentFormat", "ModelSamplingDiscreteFlow", "ModelSamplingFlux", "CONST", "EPS",
-    "SAMPLER_NAMES", "SCHEDULER_NAMES", "build_flux_model",
+    "SAMPLER_NAMES", "SCHEDULER_NAMES", "build_flux_model", "load_lora_for_models",
 ]  # fmt: skip
 
 HOST = "comfyui"

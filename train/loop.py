@@ -15,6 +15,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor, nn
 
+from ..errors import input_error
 from .checkpoints import Checkpoint, RunFolder
 from .config import TrainConfig
 from .draws import Draws, Order
@@ -171,8 +172,6 @@ class Trainer:
             self.history.rewrite()
             return
         if self.config.resume == "error_if_exists":
-            from ..errors import input_error
-
             allowed = "a name without checkpoints, since resume is error_if_exists"
             raise input_error("Train", "name", self.folder.path.name, allowed, "Choose another name, or set resume to auto.")
         self.restore(checkpoint)
@@ -229,7 +228,9 @@ class Trainer:
         if config.target.kind == "teacher_velocity":
             wanted = teacher_velocity(self.teacher, config.target, point.x, point.sigma, cond)
         prediction = self.trainee.velocity(point.x, point.sigma, cond)
-        loss = (config.loss.over_sigma(point.sigma) * config.loss.each(prediction - wanted, weight)).mean()
+        place = prediction.device
+        weight = None if weight is None else weight.to(place)
+        loss = (config.loss.over_sigma(point.sigma).to(place) * config.loss.each(prediction - wanted.to(place), weight)).mean()
         for auxiliary in sorted(self.auxiliaries, key=lambda each: each.name):  # one order, so that the order of linking changes no bit
             active = auxiliary.start <= self.done < auxiliary.stop and self.done % auxiliary.every == 0
             if auxiliary.weight and active:

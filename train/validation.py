@@ -30,7 +30,7 @@ class Validation:
         for number in range(self.bin_count):
             sigma = (number + 0.5) / self.bin_count
             x = (1.0 - sigma) * batch.clean + sigma * noise
-            velocity = trainee.velocity(x, torch.full((len(rows),), sigma), batch.cond)
+            velocity = trainee.velocity(x, torch.full((len(rows),), sigma), batch.cond).cpu()
             errors.append(float((velocity - (noise - batch.clean)).square().mean()))
         return tuple(errors)
 

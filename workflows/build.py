@@ -33,6 +33,10 @@ PICTURE_NODES = frozenset({"SaveImage", "PreviewImage"})
 
 # What a person reads first: two sentences on what to change.
 NOTES = {
+    "train_a_lora": (
+        "A LoRA learns one picture in 30 steps of two examples; the same seed is drawn before and after. **Train** goes on where its **name** "
+        "stopped: raise **steps** to train further, change **name** to begin anew. **lora** can be linked to Save LoRA."
+    ),
     "text_to_image": (
         "Change the words in **Prompt**: *style thing on colour*, for example `twemoji rocket on black` (**Tiny Model Words** lists all). "
         "Another **seed** gives another picture; cfg 2 to 3 and 20 to 50 steps suit this model."

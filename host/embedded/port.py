@@ -10,6 +10,7 @@ from .context import current_host
 from .folder_paths import get_input_directory, get_output_directory, get_save_image_path, get_temp_directory
 from .latent_formats import LatentFormat
 from .latent_preview import prepare_callback
+from .lora_files import load_lora_for_models
 from .model_management import (
     InterruptProcessingException,
     get_torch_device,
@@ -41,7 +42,7 @@ __all__ = [
     "throw_if_interrupted", "InterruptProcessingException", "common_upscale", "conditioning_set_values", "prepare_callback",
     "get_torch_device", "intermediate_device", "load_models_gpu", "get_save_image_path", "get_output_directory", "get_input_directory",
     "get_temp_directory", "metadata_enabled", "LatentFormat", "ModelSamplingDiscreteFlow", "ModelSamplingFlux", "CONST", "EPS",
-    "SAMPLER_NAMES", "SCHEDULER_NAMES", "build_flux_model",
+    "SAMPLER_NAMES", "SCHEDULER_NAMES", "build_flux_model", "load_lora_for_models",
 ]  # fmt: skip
 
 HOST = "embedded"

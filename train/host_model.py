@@ -1,0 +1,204 @@
+"""A host's MODEL as something that can be trained: called inside a sampling run, so that conditions, hooks and devices are its own.
+
+The loop runs as the SAMPLER of a guider, as the core's own trainer does: the guider loads the model, prepares conditions and cleans up
+after itself, whatever happens inside. Each example has a condition of its own; those that can be joined share a call.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable
+from types import MappingProxyType
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+from ..families.arch import arch_spec
+from .params import Additions
+
+__all__ = ["HostTrainee", "checkpoint_blocks", "fingerprint", "ordinary", "train_inside", "trainable_weights", "watch_blocks"]
+
+LEAST_SIGMA = 1e-3  # below it (x − denoised)/sigma is rounding
+
+
+def ordinary(value: Any) -> Any:
+    """A copy whose tensors may take part in a backward pass, also where they were made in inference mode."""
+    if isinstance(value, Tensor):
+        return value.detach().clone()
+    if isinstance(value, dict):
+        return {key: ordinary(entry) for key, entry in value.items()}
+    if isinstance(value, (list, tuple)):
+        return type(value)(ordinary(entry) for entry in value)
+    return value
+
+
+def trainable_weights(patcher: Any) -> None:
+    """Give weights that were made in inference mode an equal twin that was not; one at a time, values and names stay.
+
+    Autograd cannot keep an inference tensor for the backward pass, and graph engines load models in that mode.
+    """
+    network = patcher.get_model_object("diffusion_model")
+    for module in network.modules():
+        for name, value in list(module.named_parameters(recurse=False)):
+            if value.is_inference():
+                setattr(module, name, nn.Parameter(value.clone(), requires_grad=False))
+        for name, value in list(module.named_buffers(recurse=False)):
+            if value.is_inference():
+                module.register_buffer(name, value.clone())
+    network.requires_grad_(False)
+
+
+def fingerprint(patcher: Any) -> str:
+    """A hash of the network's names and shapes and of a few numbers of every weight: which model this is."""
+    digest = hashlib.sha256()
+    for name, value in patcher.get_model_object("diffusion_model").named_parameters():
+        sample = value.detach().flatten()[:64].float().cpu().contiguous()
+        digest.update(f"{name}{tuple(value.shape)}".encode() + sample.numpy().tobytes())
+    return digest.hexdigest()
+
+
+class HostTrainee:
+    """A MODEL inside a running guider. Made by `train_inside`.
+
+    Args:
+        guider: with inner_model and conds "positive" (one an example, or one for all) and "negative" (the empty one, may be missing).
+        options: model_options of the run. additions: what learns; None for a frozen model.
+        about: what must be equal when a run is resumed.
+    """
+
+    def __init__(self, guider: Any, options: dict, additions: Additions | None, about: dict[str, Any]):
+        self.model = guider.inner_model
+        self.positive = [ordinary_inputs(entry) for entry in guider.conds.get("positive", [])]
+        self.negative = [ordinary_inputs(entry) for entry in guider.conds.get("negative", [])]
+        self.options = options.get("transformer_options", {})
+        self.additions, self.about = additions, about
+        self.device = guider.model_patcher.load_device
+        self.features: dict[tuple[str, int], Tensor] = {}
+
+    def describe(self) -> dict[str, Any]:
+        return dict(self.about)
+
+    def params(self) -> dict[str, nn.Parameter]:
+        return self.additions.params() if self.additions else {}
+
+    def velocity(self, x: Tensor, sigma: Tensor, cond: list[Any]) -> Tensor:
+        """(x − denoised)/sigma. cond: numbers of prompts, None for the empty one."""
+        x, sigma = x.to(self.device), sigma.to(self.device)
+        inputs = [self.negative[0] if key is None else self.positive[key] for key in cond]
+        denoised = torch.empty_like(x)
+        parts = []
+        for rows in _joinable(inputs):
+            parts.append((rows, self._denoised(x[rows], sigma[rows], [inputs[row] for row in rows])))
+        if len(parts) == 1:
+            denoised = parts[0][1]
+        else:
+            order = torch.tensor([row for rows, _ in parts for row in rows], device=self.device)
+            denoised = torch.cat([part for _, part in parts])[torch.argsort(order)]
+        s = sigma.clamp(min=LEAST_SIGMA).view(-1, *[1] * (x.ndim - 1))
+        return ((x - denoised.float()) / s).float()
+
+    def _denoised(self, x: Tensor, sigma: Tensor, inputs: list[dict[str, Any]]) -> Tensor:
+        joined = {name: first.concat([entry[name] for entry in inputs[1:]]) for name, first in inputs[0].items()}
+        options = {**self.options, "sigmas": sigma, "cond_or_uncond": [0] * len(inputs)}
+        return self.model.apply_model(x, sigma, **joined, transformer_options=options)
+
+
+def ordinary_inputs(entry: dict[str, Any]) -> dict[str, Any]:
+    """The network inputs of one prepared condition for one latent."""
+    inputs = {}
+    for name, value in entry["model_conds"].items():
+        single = value.process_cond(batch_size=1, area=None)
+        single.cond = ordinary(single.cond)
+        inputs[name] = single
+    return inputs
+
+
+def _joinable(inputs: list[dict[str, Any]]) -> list[list[int]]:
+    """Rows whose conditions fit into one call, in groups."""
+    groups: list[list[int]] = []
+    for row, entry in enumerate(inputs):
+        for group in groups:
+            first = inputs[group[0]]
+            if first.keys() == entry.keys() and all(first[name].can_concat(entry[name]) for name in entry):
+                group.append(row)
+                break
+        else:
+            groups.append([row])
+    return groups
+
+
+class _Inside:
+    """A SAMPLER that runs `body` where a solver would run, and hands the latent back."""
+
+    inpaint_options = MappingProxyType({})
+
+    def __init__(self, body: Callable[[Any, dict], None]):
+        self.body = body
+
+    def max_denoise(self, guider, sigmas) -> bool:
+        return False
+
+    def sample(self, guider, sigmas, extra_args, callback, noise, latent_image=None, denoise_mask=None, disable_pbar=False):
+        self.body(guider, extra_args.get("model_options", {}))
+        return noise
+
+
+def train_inside(guider: Any, like: Tensor, additions: Additions | None, about: dict, body: Callable[[HostTrainee], None]) -> None:
+    """Call `body` with the guider's model as a trainee, inside a run of the guider.
+
+    like: a latent (1, c, …) of the data's size, in no particular space. Gradients are on and tensors ordinary inside.
+    """
+
+    def inside(running: Any, options: dict) -> None:
+        if additions is not None:
+            additions.to(torch.device(guider.model_patcher.load_device))
+        body(HostTrainee(running, options, additions, about))
+
+    with torch.inference_mode(False), torch.enable_grad():
+        zeros = torch.zeros(like.shape)
+        guider.sample(zeros, zeros.clone(), _Inside(inside), torch.tensor([1.0, 0.0]), disable_pbar=True, seed=0)
+
+
+def checkpoint_blocks(patcher: Any) -> int:
+    """Let every block of MODEL `patcher` run again in the backward pass instead of keeping what it made; returns how many there are."""
+    return _around_blocks(patcher, _recomputed)
+
+
+def watch_blocks(patcher: Any, blocks: tuple[tuple[str, int], ...], into: Callable[[], dict]) -> None:
+    """Put the image tokens that `blocks` of MODEL `patcher` hand on into the dictionary that `into` gives, at every call."""
+    _around_blocks(patcher, lambda key, earlier: _watched(key, earlier, into), blocks)
+
+
+def _around_blocks(patcher: Any, around: Callable, blocks: tuple[tuple[str, int], ...] | None = None) -> int:
+    arch = arch_spec(patcher.get_model_object("diffusion_model"))
+    chosen = blocks if blocks is not None else arch.blocks if arch else ()
+    slots = patcher.model_options["transformer_options"].get("patches_replace", {}).get("dit", {})
+    for kind, index in chosen:
+        patcher.set_model_patch_replace(around((kind, index), slots.get((kind, index))), "dit", kind, index)
+    return len(chosen)
+
+
+def _recomputed(key: tuple[str, int], earlier: Callable | None) -> Callable:
+    def patch(args: dict, extra: dict) -> dict:
+        names = [name for name, value in args.items() if isinstance(value, Tensor)]
+
+        def run(*tensors: Tensor) -> dict:
+            given = {**args, **dict(zip(names, tensors))}
+            return extra["original_block"](given) if earlier is None else earlier(given, extra)
+
+        if not torch.is_grad_enabled():
+            return run(*(args[name] for name in names))
+        return checkpoint(run, *(args[name] for name in names), use_reentrant=False)
+
+    return patch
+
+
+def _watched(key: tuple[str, int], earlier: Callable | None, into: Callable[[], dict]) -> Callable:
+    def patch(args: dict, extra: dict) -> dict:
+        out = extra["original_block"](args) if earlier is None else earlier(args, extra)
+        into()[key] = out["img"]
+        return out
+
+    return patch
