@@ -26,8 +26,7 @@ LOG2_E = math.log2(math.e)
 
 def tile_shape(width: int) -> dict[str, int]:
     """Tiles whose accumulators and offsets stay in 255 registers a thread on every architecture of bench/kernels.py: nothing is spilled."""
-    wide = width > 64
-    return {"BLOCK_M": 64 if wide else 128, "BLOCK_N": 32 if wide else 64, "num_warps": 4 if wide else 8, "num_stages": 2}
+    return {"BLOCK_M": 128, "BLOCK_N": 32 if width > 64 else 64, "num_warps": 8, "num_stages": 2}
 
 
 def unfit(q: torch.Tensor, bias: torch.Tensor | None) -> str:
@@ -59,8 +58,10 @@ if triton is not None:
         position = tl.load(tile_first_ptr + tile) + tl.arange(0, BLOCK_M)
         inside = position < tl.load(starts_ptr + block + 1)
         channel = tl.arange(0, WIDTH)
-        row = tl.load(order_ptr + position, mask=inside, other=0).to(tl.int64)
-        place = base + row[:, None] * stride_n + channel[None, :]
+        row = tl.load(order_ptr + position, mask=inside, other=0)
+        # Rows of one head lie within 2³¹ elements: 32-bit offsets take half the registers of pointers.
+        q_ptr, k_ptr, v_ptr, out_ptr = q_ptr + base, k_ptr + base, v_ptr + base, out_ptr + base
+        place = row[:, None] * stride_n + channel[None, :]
         q = tl.load(q_ptr + place, mask=inside[:, None], other=0.0)
         best = tl.full((BLOCK_M,), -1e30, tl.float32)
         mass = tl.zeros((BLOCK_M,), tl.float32)
@@ -71,8 +72,8 @@ if triton is not None:
             for first in range(tl.load(starts_ptr + other), end, BLOCK_N):
                 key = first + tl.arange(0, BLOCK_N)
                 there = key < end
-                source = tl.load(order_ptr + key, mask=there, other=0).to(tl.int64)
-                offset = base + source[:, None] * stride_n + channel[None, :]
+                source = tl.load(order_ptr + key, mask=there, other=0)
+                offset = source[:, None] * stride_n + channel[None, :]
                 k = tl.load(k_ptr + offset, mask=there[:, None], other=0.0)
                 scores = tl.dot(q, tl.trans(k), input_precision=PRECISION) * scale
                 if HAS_BIAS:
@@ -85,6 +86,9 @@ if triton is not None:
                 total = total * fade[:, None] + tl.dot(weight.to(v.dtype), v, input_precision=PRECISION)
                 mass = mass * fade + tl.sum(weight, axis=1)
                 best = new_best
+        # Read again: keeping the offsets of q through the loop would cost up to 64 registers a thread.
+        row = tl.load(order_ptr + position, mask=inside, other=0, volatile=True)
+        place = row[:, None] * stride_n + channel[None, :]
         tl.store(out_ptr + place, (total / mass[:, None]).to(out_ptr.dtype.element_ty), mask=inside[:, None])
         if HAS_LSE:
             tl.store(lse_ptr + pair.to(tl.int64) * tokens + row, (best + tl.log2(mass)) * 0.6931471805599453, mask=inside)
