@@ -1,8 +1,8 @@
 """Where a family turns token places into rotations, and how many latent cells a token covers.
 
-Facts of ComfyUI 0.3.64: Flux, Chroma, HunyuanVideo and Qwen-Image keep an embedder as `pe_embedder`, Lumina 2 and Wan as
-`rope_embedder`. It takes ids (b, n, axes) alone, has `axes_dim` and `theta`, and answers (b, 1, n, d/2, 2, 2), pairs in the order of the
-axes: time or text, row, column. SD3's positions are added vectors, and others compute rotations inside their blocks: nothing can be put in
+Facts of ComfyUI 0.3.64: Flux, Chroma, HunyuanVideo, Qwen-Image and HiDream keep an embedder as `pe_embedder`, Lumina 2 and Wan as
+`rope_embedder`. It takes ids (b, n, axes) alone, has `axes_dim` and `theta`, and answers (b, 1, n, d/2, 2, 2), HiDream's (b, n, 1, …), pairs
+in the order of the axes: time or text, row, column. SD3's positions are added vectors, and others compute rotations inside their blocks: nothing can be put in
 their place.
 """
 
@@ -16,7 +16,7 @@ from ..errors import input_error
 
 __all__ = ["RotarySpec", "rotary_spec"]
 
-SUPPORTED = "a model with rotary positions of rows and columns, such as Flux, Chroma, Lumina 2, Wan, HunyuanVideo and Qwen-Image"
+SUPPORTED = "a model with rotary positions of rows and columns, such as Flux, Chroma, Lumina 2, Wan, HunyuanVideo, Qwen-Image and HiDream"
 _NAMES = ("pe_embedder", "rope_embedder")
 
 

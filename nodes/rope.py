@@ -17,7 +17,7 @@ class RectiflowRopeExtrapolation(Node):
     GROUP = "resolution"
     SEARCH_ALIASES = ["high resolution", "NTK", "YaRN", "upscale", "position", "extrapolate"]
     INPUTS = (
-        socket("model", "MODEL", "A model with rotary positions: Flux, Chroma, Lumina 2, Wan, HunyuanVideo, Qwen-Image."),
+        socket("model", "MODEL", "A model with rotary positions: Flux, Chroma, Lumina 2, Wan, HunyuanVideo, Qwen-Image, HiDream."),
         choice("method", METHODS, "How frequencies change. none: as the model has them."),
         integer("train_rows", 64, 7, 4096, "Tokens along the training height: 64 for 1024 pixels at 16 a token; the tiny model 8."),
         integer("train_columns", 64, 7, 4096, "Tokens along the width of the training size."),

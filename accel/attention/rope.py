@@ -120,7 +120,8 @@ class ScaledRotary(nn.Module):
         for place, (scale, length, size) in enumerate(zip(scales, self.plan.scaling.trained, sizes)):
             axis = len(parts) - 2 + place
             if scale > 1.0 or size != 1.0:
-                parts[axis] = _rotations(used[..., axis], self._frequencies(axis, length, scale, times), size).to(parts[axis].dtype)
+                found = _rotations(used[..., axis], self._frequencies(axis, length, scale, times), size).to(parts[axis].dtype)
+                parts[axis] = found.reshape(found.shape[0], *parts[axis].shape[1:])  # HiDream has the axis of heads behind the tokens
         # Joined along the pair axis of the transposed matrices, so that the embedded host can read a table as complex numbers.
         table = torch.cat([part.transpose(-1, -2) for part in parts], dim=-3).transpose(-1, -2)
         return table.expand(ids.shape[0], *table.shape[1:]) if shared else table
