@@ -16,19 +16,18 @@ from __future__ import annotations
 
 import itertools
 import math
-import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 
 from ...errors import input_error
 from ...families.arch import arch_spec
 from ...families.blocks import parse_blocks
 from ...kernels.block_sparse_attention import BlockLayout, block_sparse_attention
 from ..cache.clock import StepClock
+from .break_even import least_tokens
 from .dispatch import AttentionCall, RunFacts, attach
 
 __all__ = [
@@ -37,7 +36,6 @@ __all__ = [
 ]  # fmt: skip
 
 PATTERNS = ("block", "cross", "block_and_cross")
-SIDES = (1 << 9, 1 << 16)  # tokens between which the break-even count is looked for
 
 
 @dataclass(frozen=True)
@@ -111,38 +109,14 @@ def key_map(sides: tuple[int, ...], rule: GroupRule, text: int, at: tuple[float,
     return shown.expand(-1, -1, -1, 3).contiguous()
 
 
-def _seconds(work: Callable[..., Any], *given: Any, rounds: int = 3) -> float:
-    """Median of the rounds, after one call that is not counted."""
-    clock = given[0].device
-    found = []
-    for _ in range(rounds + 1):
-        if clock.type == "cuda":
-            torch.cuda.synchronize(clock)
-        start = time.perf_counter()
-        work(*given)
-        if clock.type == "cuda":
-            torch.cuda.synchronize(clock)
-        found.append(time.perf_counter() - start)
-    return sorted(found[1:])[rounds // 2]
-
-
-@torch.inference_mode()
 def break_even(rule: GroupRule, heads: int, width: int, device: torch.device, dtype: torch.dtype, budget: float = 0.5) -> int | None:
-    """The least number of tokens of a square picture at which this rule is faster than dense attention on this machine, by measuring.
+    """The least number of tokens of a square picture at which this rule is faster than dense attention here; see `least_tokens`."""
 
-    Sides grow by √2; None where no size is reached up to SIDES' end, or before a dense attention takes `budget` seconds.
-    """
-    side = math.ceil(math.sqrt(SIDES[0]))
-    while side * side <= SIDES[1]:
+    def grouped(side: int) -> Callable[..., torch.Tensor] | None:
         layout = group_layout((side, side), rule)
-        tensors = [torch.full((1, heads, side * side, width), 0.5, device=device, dtype=dtype) for _ in range(3)]
-        dense = _seconds(F.scaled_dot_product_attention, *tensors)
-        if not layout.dense and _seconds(block_sparse_attention, *tensors, layout) < dense:
-            return side * side
-        if dense > budget:
-            return None
-        side = math.ceil(side * math.sqrt(2.0))
-    return None
+        return None if layout.dense else lambda q, k, v: block_sparse_attention(q, k, v, layout)
+
+    return least_tokens(grouped, heads, width, device, dtype, budget)
 
 
 class AttentionLog:
