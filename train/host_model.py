@@ -8,18 +8,23 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Callable
+from contextlib import nullcontext
 from types import MappingProxyType
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional
+from torch.overrides import TorchFunctionMode
 from torch.utils.checkpoint import checkpoint
 
 from ..families.arch import arch_spec
-from .params import Additions
+from .params import NETWORK, Additions, block_prefix
 
 __all__ = ["HostTrainee", "checkpoint_blocks", "fingerprint", "ordinary", "train_inside", "trainable_weights", "watch_blocks"]
 
+NORMS = frozenset((functional.layer_norm, functional.rms_norm, functional.group_norm, torch.rms_norm, torch.layer_norm))
+TOKENS = ("img", "txt", "x", "context")  # what blocks call the tokens they change
 LEAST_SIGMA = 1e-3  # below it (x − denoised)/sigma is rounding
 
 
@@ -76,6 +81,7 @@ class HostTrainee:
         self.additions, self.about = additions, about
         self.device = guider.model_patcher.load_device
         self.features: dict[tuple[str, int], Tensor] = {}
+        self.muted: Additions | None = None  # what learns on the same network, if this is a teacher that shares it
 
     def describe(self) -> dict[str, Any]:
         return dict(self.about)
@@ -85,9 +91,12 @@ class HostTrainee:
 
     def velocity(self, x: Tensor, sigma: Tensor, cond: list[Any]) -> Tensor:
         """(x − denoised)/sigma. cond: numbers of prompts, None for the empty one."""
+        with self.muted.switched_off() if self.muted else nullcontext():
+            return self._velocity(x, sigma, cond)
+
+    def _velocity(self, x: Tensor, sigma: Tensor, cond: list[Any]) -> Tensor:
         x, sigma = x.to(self.device), sigma.to(self.device)
         inputs = [self.negative[0] if key is None else self.positive[key] for key in cond]
-        denoised = torch.empty_like(x)
         parts = []
         for rows in _joinable(inputs):
             parts.append((rows, self._denoised(x[rows], sigma[rows], [inputs[row] for row in rows])))
@@ -102,7 +111,8 @@ class HostTrainee:
     def _denoised(self, x: Tensor, sigma: Tensor, inputs: list[dict[str, Any]]) -> Tensor:
         joined = {name: first.concat([entry[name] for entry in inputs[1:]]) for name, first in inputs[0].items()}
         options = {**self.options, "sigmas": sigma, "cond_or_uncond": [0] * len(inputs)}
-        return self.model.apply_model(x, sigma, **joined, transformer_options=options)
+        with PrivateNorms():
+            return self.model.apply_model(x, sigma, **joined, transformer_options=options)
 
 
 def ordinary_inputs(entry: dict[str, Any]) -> dict[str, Any]:
@@ -161,44 +171,60 @@ def train_inside(guider: Any, like: Tensor, additions: Additions | None, about: 
         guider.sample(zeros, zeros.clone(), _Inside(inside), torch.tensor([1.0, 0.0]), disable_pbar=True, seed=0)
 
 
+class PrivateNorms(TorchFunctionMode):
+    """Inside, a norm reads a copy of its input.
+
+    Blocks of a host add to their tokens in place after a norm has read them. The norm keeps its input for the backward pass, which autograd
+    then refuses; where blocks are computed twice it could not even see it.
+    """
+
+    def __torch_function__(self, function, types, args=(), kwargs=None):
+        if function in NORMS and args and isinstance(args[0], Tensor) and args[0].requires_grad:
+            args = (args[0].clone(), *args[1:])
+        return function(*args, **(kwargs or {}))
+
+
 def checkpoint_blocks(patcher: Any) -> int:
-    """Let every block of MODEL `patcher` run again in the backward pass instead of keeping what it made; returns how many there are."""
-    return _around_blocks(patcher, _recomputed)
+    """Let every block of MODEL `patcher` run again in the backward pass instead of keeping what it made; returns how many there are.
+
+    The blocks' own forwards are exchanged, as object patches: what a block-replace hook is given as the original block belongs to the
+    loop of the forward pass, and is another block by the time of the backward pass.
+    """
+    network = patcher.get_model_object("diffusion_model")
+    arch = arch_spec(network)
+    blocks = arch.blocks if arch else ()
+    for kind, index in blocks:
+        name = f"{NETWORK}{block_prefix(network, kind, index)}forward"
+        patcher.add_object_patch(name, _recomputed(patcher.get_model_object(name)))
+    return len(blocks)
+
+
+def _recomputed(forward: Callable) -> Callable:
+    def run(*args, **kwargs):
+        args = [value.clone() if isinstance(value, Tensor) else value for value in args]  # what is kept must not be added to in place
+        kwargs = {name: kwargs[name].clone() if name in TOKENS and isinstance(kwargs[name], Tensor) else kwargs[name] for name in kwargs}
+        with PrivateNorms():
+            return forward(*args, **kwargs)
+
+    def recomputed(*args, **kwargs):
+        if not torch.is_grad_enabled():
+            return forward(*args, **kwargs)
+        return checkpoint(run, *args, use_reentrant=False, **kwargs)
+
+    return recomputed
 
 
 def watch_blocks(patcher: Any, blocks: tuple[tuple[str, int], ...], into: Callable[[], dict]) -> None:
     """Put the image tokens that `blocks` of MODEL `patcher` hand on into the dictionary that `into` gives, at every call."""
-    _around_blocks(patcher, lambda key, earlier: _watched(key, earlier, into), blocks)
-
-
-def _around_blocks(patcher: Any, around: Callable, blocks: tuple[tuple[str, int], ...] | None = None) -> int:
-    arch = arch_spec(patcher.get_model_object("diffusion_model"))
-    chosen = blocks if blocks is not None else arch.blocks if arch else ()
     slots = patcher.model_options["transformer_options"].get("patches_replace", {}).get("dit", {})
-    for kind, index in chosen:
-        patcher.set_model_patch_replace(around((kind, index), slots.get((kind, index))), "dit", kind, index)
-    return len(chosen)
-
-
-def _recomputed(key: tuple[str, int], earlier: Callable | None) -> Callable:
-    def patch(args: dict, extra: dict) -> dict:
-        names = [name for name, value in args.items() if isinstance(value, Tensor)]
-
-        def run(*tensors: Tensor) -> dict:
-            given = {**args, **dict(zip(names, tensors))}
-            return extra["original_block"](given) if earlier is None else earlier(given, extra)
-
-        if not torch.is_grad_enabled():
-            return run(*(args[name] for name in names))
-        return checkpoint(run, *(args[name] for name in names), use_reentrant=False)
-
-    return patch
+    for key in blocks:
+        patcher.set_model_patch_replace(_watched(key, slots.get(key), into), "dit", *key)
 
 
 def _watched(key: tuple[str, int], earlier: Callable | None, into: Callable[[], dict]) -> Callable:
     def patch(args: dict, extra: dict) -> dict:
         out = extra["original_block"](args) if earlier is None else earlier(args, extra)
-        into()[key] = out["img"]
+        into()[key] = out["img"].clone()  # later blocks may add to it in place
         return out
 
     return patch

@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -23,7 +24,7 @@ from ..errors import input_error
 from ..families.blocks import block_layout, parse_blocks
 from .draws import seeded
 
-__all__ = ["KINDS", "Additions", "ParamSubset", "attach"]
+__all__ = ["KINDS", "NETWORK", "Additions", "ParamSubset", "attach", "block_prefix"]
 
 KINDS = ("lora", "blocks", "all", "biases")
 NETWORK = "diffusion_model."  # where a host's model keeps the transformer
@@ -69,6 +70,8 @@ class ParamSubset:
 class LowRank(nn.Module):
     """W → W + scale·up @ down, for a weight (out, …) seen as a matrix."""
 
+    active = True
+
     def __init__(self, weight: Tensor, subset: ParamSubset, generator: torch.Generator):
         super().__init__()
         out, inputs = weight.shape[0], weight[0].numel()
@@ -79,6 +82,8 @@ class LowRank(nn.Module):
         self.up = nn.Parameter(torch.zeros(out, rank))
 
     def forward(self, weight: Tensor) -> Tensor:
+        if not self.active:
+            return weight
         update = (self.up * self.scale) @ self.down
         return weight + update.view(weight.shape).to(weight.dtype)
 
@@ -90,13 +95,15 @@ class LowRank(nn.Module):
 class Difference(nn.Module):
     """W → W + D."""
 
+    active = True
+
     def __init__(self, value: Tensor, name: str):
         super().__init__()
         self.name = name
         self.difference = nn.Parameter(torch.zeros(value.shape))
 
     def forward(self, value: Tensor) -> Tensor:
-        return value + self.difference.to(value.dtype)
+        return value + self.difference.to(value.dtype) if self.active else value
 
     def exported(self, values: Mapping[str, Tensor]) -> dict[str, Tensor]:
         return {self.name: values["difference"]}
@@ -107,6 +114,17 @@ class Additions:
     """What was put on a model: "<layer>.weight" or "<layer>.bias" → the module that learns."""
 
     modules: dict[str, LowRank | Difference]
+
+    @contextmanager
+    def switched_off(self):
+        """Inside, the network answers as if nothing had been put on it."""
+        for module in self.modules.values():
+            module.active = False
+        try:
+            yield
+        finally:
+            for module in self.modules.values():
+                module.active = True
 
     def params(self) -> dict[str, nn.Parameter]:
         return {f"{key}.{name}": value for key, module in self.modules.items() for name, value in module.named_parameters()}
@@ -166,7 +184,7 @@ def _layer_filter(network: Any, subset: ParamSubset, where: str) -> Callable[[st
     if subset.blocks.strip() or subset.kind == "blocks":
         layout = block_layout(network, where)
         text = subset.blocks.strip() or ", ".join(layout.counts)
-        prefixes = tuple(_prefix(network, kind, index) for kind, index in parse_blocks(text, layout, where))
+        prefixes = tuple(block_prefix(network, kind, index) for kind, index in parse_blocks(text, layout, where))
 
     def wanted(name: str) -> bool:
         in_blocks = not prefixes or name.startswith(prefixes)
@@ -175,7 +193,7 @@ def _layer_filter(network: Any, subset: ParamSubset, where: str) -> Callable[[st
     return wanted
 
 
-def _prefix(network: Any, kind: str, index: int) -> str:
+def block_prefix(network: Any, kind: str, index: int) -> str:
     """("double_block", 3) → the name under which the network holds that block, with a dot."""
     for holder in ("double_blocks", "joint_blocks", "transformer_blocks", "blocks") if kind == "double_block" else ("single_blocks",):
         if hasattr(network, holder):

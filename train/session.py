@@ -153,6 +153,11 @@ class Session:
             with self.trainer.averaged():
                 self._preview(trainee)
 
+        def followed(teacher: HostTrainee, model: Any, held: dict) -> HostTrainee:
+            teacher.features = held
+            teacher.muted = additions if model.model is patcher.model else None
+            return teacher
+
         def student(teacher=None, guide=None) -> None:
             self.services.load([patcher])
             train_inside(self._guider(patcher), like, additions, about, lambda trainee: train(trainee, teacher, guide))
@@ -161,18 +166,26 @@ class Session:
             if not pairs:
                 student(teacher)
                 return
-            model = ordinary_clone(features["teacher"], self.settings["dtype"])
+            model = self._teacher(features["teacher"], "Feature Loss")
             held: dict = {}
             watch_blocks(model, tuple(dict.fromkeys(other for _, other in pairs)), lambda: held)
-            train_inside(self._guider(model), like, None, {}, lambda guide: student(teacher, _with_features(guide, held)))
+            train_inside(self._guider(model), like, None, {}, lambda guide: student(teacher, followed(guide, model, held)))
 
         if pairs:
             watch_blocks(patcher, tuple(dict.fromkeys(own for own, _ in pairs)), lambda: self.student_features)
         if teacher_model is None:
             with_guide()
         else:
-            model = ordinary_clone(teacher_model, self.settings["dtype"])
-            train_inside(self._guider(model), like, None, {}, with_guide)
+            model = self._teacher(teacher_model, "Train Target")
+            train_inside(self._guider(model), like, None, {}, lambda teacher: with_guide(followed(teacher, model, {})))
+
+    def _teacher(self, model: Any, where: str) -> Any:
+        """A frozen clone of a teacher. Raises NodeInputError for one that shares the student's network but not its weights."""
+        student = self.request.model
+        if model.model is student.model and model.patches_uuid != student.patches_uuid:
+            allowed = "the model itself, or one that was loaded by a loader of its own"
+            raise input_error(where, "teacher", "the same loaded model with other weight patches", allowed, "Add a second loader for it.")
+        return ordinary_clone(model, self.settings["dtype"])
 
     def _feature_pairs(self, patcher: Any, features: dict) -> tuple:
         where = "Feature Loss"
@@ -249,11 +262,6 @@ def ordinary_clone(model: Any, dtype: str) -> Any:
     clone.set_model_compute_dtype(torch.bfloat16 if dtype == "bf16" else torch.float32)
     trainable_weights(clone)
     return clone
-
-
-def _with_features(trainee: HostTrainee, features: dict) -> HostTrainee:
-    trainee.features = features
-    return trainee
 
 
 def _number(value: float) -> float | None:
