@@ -40,6 +40,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--steps-this-run", type=int, default=0, metavar="N", help="stop after so many steps")
     parser.add_argument("--finish", type=int, metavar="N", help="let the learning rate fall to its floor over the next N steps, and end")
     parser.add_argument("--compile", action="store_true", help="run the network through torch.compile")
+    parser.add_argument("--start", type=Path, metavar="FILE", help="begin a new run with these weights, not random ones")
     parser.add_argument("--export", type=Path, metavar="FILE", help="write the averaged weights of the newest checkpoint and train nothing")
     return parser
 
@@ -72,16 +73,21 @@ def _train_tiny(recipe: dict[str, Any], given: argparse.Namespace) -> int:
     import torch
 
     from ..host.embedded.ldm.flux import Flux, FluxParams
-    from ..host.embedded.safe_files import checked_path
+    from ..host.embedded.safe_files import UnsafePathError, checked_path
     from ..tiny.codec import LinearCodec
     from ..tiny.emoji import EmojiLook
     from ..tiny.weights import FLUX_SIZES, load_weights
     from ..train.checkpoints import RunFolder
     from ..train.config import TrainConfig
     from ..train.loop import Callbacks, Trainer
-    from ..train.recipes.tiny import EmojiData, TinyTrainee, initialise
+    from ..train.recipes.tiny import EmojiData, TinyTrainee, initialise, start_from
 
-    folder = RunFolder(Path(checked_path(given.out, f"rf_train/{recipe.get('name', 'tiny')}", for_writing=True)), "rectiflow train")
+    try:
+        path = checked_path(given.out, f"rf_train/{recipe.get('name', 'tiny')}", for_writing=True)
+        look = EmojiLook(**recipe.get("look", {}))
+    except (UnsafePathError, TypeError) as error:
+        raise CommandError(f"{given.config}: {error}") from None
+    folder = RunFolder(Path(path), "rectiflow train")
     shipped = load_weights()
     if given.export:
         return _export(folder, shipped, given.export)
@@ -90,11 +96,14 @@ def _train_tiny(recipe: dict[str, Any], given: argparse.Namespace) -> int:
     if given.finish is not None:
         config = _finishing(config, folder, given.finish)
     codec = LinearCodec(shipped.codec_basis, shipped.codec_scale, shipped.codec_mean)
-    data = EmojiData.from_folder(given.pictures or Path(recipe.get("pictures", "input/emoji")), EmojiLook(**recipe.get("look", {})), codec)
+    data = EmojiData.from_folder(given.pictures or Path(recipe.get("pictures", "input/emoji")), look, codec)
     dtype = torch.bfloat16 if recipe.get("dtype", "bf16") == "bf16" else torch.float32
     compiled = given.compile or recipe.get("compile", False)
     trainee = TinyTrainee(Flux(FluxParams(**FLUX_SIZES)), len(data.vocabulary.tokens), dtype, compiled)
-    initialise(trainee, config.seed)
+    if given.start:
+        start_from(trainee, load_weights(given.start))
+    else:
+        initialise(trainee, config.seed)
     with _Signals() as signals:
         callbacks = Callbacks(_Lines(config.examples), signals.check, log=lambda line: print(line, flush=True))
         try:

@@ -33,9 +33,13 @@ PICTURE_NODES = frozenset({"SaveImage", "PreviewImage"})
 
 # What a person reads first: two sentences on what to change.
 NOTES = {
+    "prune_and_recover": (
+        "Three of nine blocks are left out, then 20 training steps bring the picture back; no data set is needed. Change **method** and "
+        "**remove** of **Prune Score**, or **steps**. **Recover Pruned** goes on where its **name** stopped: change it to begin anew."
+    ),
     "train_a_lora": (
-        "A LoRA learns one picture in 30 steps of two examples; the same seed is drawn before and after. **Train** goes on where its **name** "
-        "stopped: raise **steps** to train further, change **name** to begin anew. **lora** can be linked to Save LoRA."
+        "A LoRA learns one picture in 30 steps of two examples; the same seed is drawn before and after. **Train** goes on where its "
+        "**name** stopped: raise **steps** to train further, change **name** to begin anew. **lora** can be linked to Save LoRA."
     ),
     "text_to_image": (
         "Change the words in **Prompt**: *style thing on colour*, for example `twemoji rocket on black` (**Tiny Model Words** lists all). "

@@ -21,7 +21,7 @@ from ...tiny.weights import TinyWeights
 from ..draws import Draws, seeded
 from ..loop import Batch
 
-__all__ = ["EmojiData", "TinyTrainee", "initialise", "vocabulary_things", "weight_file"]
+__all__ = ["EmojiData", "TinyTrainee", "initialise", "start_from", "vocabulary_things", "weight_file"]
 
 PADDING, NO_STYLE = 0, len(STYLES)
 
@@ -108,6 +108,15 @@ def initialise(trainee: TinyTrainee, seed: int) -> None:
             value.zero_()
         else:
             value.copy_((torch.rand(value.shape, generator=generator) * 2.0 - 1.0) * value.shape[1] ** -0.5)
+
+
+@torch.no_grad()
+def start_from(trainee: TinyTrainee, weights: TinyWeights) -> None:
+    """Copy a weight file of the same layout into the trainee."""
+    values = {f"network.{name}": value for name, value in weights.transformer.items()}
+    values |= {"text": weights.text_embedding, "style": weights.style_embedding}
+    for name, value in trainee.params().items():
+        value.copy_(values[name])
 
 
 def weight_file(values: Mapping[str, Tensor], codec: TinyWeights) -> dict[str, Tensor]:
