@@ -41,6 +41,7 @@ SETTINGS = (
     *(Setting("last_block", interval, 2, "reference") for interval in (2, 3)),
     *(Setting("output", interval, order) for interval in (2, 3, 4, 6) for order in (0, 1)),
     Setting("block_delta", 3, 1),
+    *(Setting("modules", 3, order) for order in (0, 1)),
 )
 
 

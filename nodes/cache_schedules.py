@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from .caching import CACHE_OUTPUTS, COMMON, LIMITS, MODEL, cached_model
+from .caching import BY_SCHEDULE, CACHE_OUTPUTS, COMMON, LIMITS, MODEL, cached_model
 from .declare import Node, Output, boolean, choice, integer, number, socket, text
 
 GROUP = "caching"
-TARGETS = ("last_block", "output", "block_delta")
+TARGETS = ("last_block", "output", "block_delta", "condition")
 _GRANULARITY = (
-    "last_block: the tokens after the last block. output: the velocity, of any architecture. block_delta: what a range of blocks adds."
+    "last_block: the tokens after the last block. output: the velocity, of any architecture. block_delta: what a range of blocks adds. "
+    "condition: what the encoder of a decoupled model (DDT) hands to its decoder."
 )
 _BLOCKS = "block_delta only: the range, such as double:1-, single. Empty: all blocks."
 NO_LIMITS = (0, 0, 0.0, 1.0)  # a schedule says itself which steps are computed
@@ -147,19 +148,20 @@ class RectiflowDeltaBlockCache(Node):
         ),
         *LIMITS,
         *(declared for declared in COMMON if declared.name != "blocks"),
+        BY_SCHEDULE,
     )
     OUTPUTS = CACHE_OUTPUTS
     HIDDEN = OWN_REPORT
 
     def run(
         self, model, interval, boundary, boundary_steps, block_count, blocks_ratio, early_range, late_range, order, warmup_steps,
-        tail_steps, keep_both, start_percent, end_percent, unique_id=None, **common,
+        tail_steps, keep_both, start_percent, end_percent, unique_id=None, schedule="", **common,
     ):  # fmt: skip
         from ..accel.cache.delta_dit import DeltaDiT
 
         policy = DeltaDiT(
-            order, interval=interval, boundary=boundary, boundary_steps=boundary_steps, blocks=block_count, ratio=blocks_ratio,
-            early=early_range, late=late_range, keep_both=keep_both,
+            order, interval=max(interval, 2) if schedule.strip() else interval, boundary=boundary, boundary_steps=boundary_steps,
+            blocks=block_count, ratio=blocks_ratio, early=early_range, late=late_range, keep_both=keep_both,
         )  # fmt: skip
         limits = (warmup_steps, tail_steps, start_percent, end_percent)
-        return cached_model(model, policy, "block_delta", limits, common, self.TITLE)
+        return cached_model(model, policy, "block_delta", limits, common, self.TITLE, schedule)

@@ -9,10 +9,15 @@ GROUP = "caching"
 MODEL = socket("model", "MODEL", "Any flow model, after LoRA and other patches; one cache node a model.")
 WARMUP = "First steps that are always computed."
 TAIL = integer("tail_steps", 1, 0, 100, "Last steps that are always computed; they draw fine detail.")
-GRANULARITY = choice("granularity", ("last_block", "output", "block_delta"),
+TARGETS = ("last_block", "output", "block_delta")
+GRANULARITY_HELP = (
     "last_block: forecast the tokens after the last block. output: forecast the model's velocity, works with every architecture. "
-    "block_delta: forecast what a range of blocks adds.",
+    "block_delta: forecast what a range of blocks adds."
 )
+GRANULARITY = choice("granularity", TARGETS, GRANULARITY_HELP)
+BY_SCHEDULE = text("schedule", "", "The text of Schedule Search or Manual Schedule, in place of interval. Empty: by interval.",
+    optional=True, advanced=True,
+)  # fmt: skip
 LIMITS = (
     number("start_percent", 0.0, 0.0, 1.0, "Forecasts only from this share of the run's own steps on.", advanced=True),
     number("end_percent", 1.0, 0.0, 1.0, "Forecasts only before this share of the run's own steps.", advanced=True),
@@ -37,13 +42,15 @@ CACHE_OUTPUTS = (
 )
 
 
-def cached_model(model, policy, granularity: str, limits: tuple, common: dict, where: str):
-    """(MODEL, CACHE_REPORT) of a policy. limits: warm-up, tail, start, end; common: what was given of COMMON's inputs, and "schedule"."""
+def cached_model(model, policy, granularity: str, limits: tuple, common: dict, where: str, schedule: str = ""):
+    """(MODEL, CACHE_REPORT) of a policy. limits: warm-up, tail, start, end; common: what was given of COMMON's inputs, and "schedule", a
+    CacheSchedule; schedule: the text of one."""
     import torch
 
     from ..accel.cache.binding import attach
     from ..accel.cache.policy import Limits
     from ..accel.cache.report import CacheLog
+    from ..accel.cache.schedule import read_schedule
     from ..accel.cache.store import StoreOptions
     from ..accel.cache.visits import CachePlan
 
@@ -52,7 +59,8 @@ def cached_model(model, policy, granularity: str, limits: tuple, common: dict, w
     store = StoreOptions(dtypes[given["store_dtype"]], given["store_device"], given["max_mib"] << 20)
     log = CacheLog()
     bounds = Limits(*limits, given["max_consecutive"], given["solver_rule"])
-    plan = CachePlan(policy, granularity, bounds, store, given["blocks"], given.get("schedule"))
+    found = read_schedule(schedule, where) if schedule.strip() else given.get("schedule")
+    plan = CachePlan(policy, granularity, bounds, store, given["blocks"], found)
     return (attach(model, plan, log, where), log)
 
 
@@ -68,24 +76,27 @@ class RectiflowTaylorForecastCache(Node):
         integer("order", 1, 0, 4, "Degree of the polynomial. 0 repeats; above 2 noise is amplified over long intervals."),
         integer("warmup_steps", 3, 0, 100, WARMUP),
         TAIL,
-        GRANULARITY,
+        choice("granularity", (*TARGETS, "modules", "condition"), GRANULARITY_HELP + " modules: forecast every attention and MLP, as "
+            "published; Flux and SD3, much memory. condition: forecast what the encoder of a decoupled model (DDT) hands to its decoder.",
+        ),
         choice("basis", ("newton", "reference"), "newton: exact for polynomials. reference: as the paper's code. Same up to order 1."),
         choice("axis", ("step", "sigma"), "What the polynomial is in.", advanced=True),
         *LIMITS,
         *COMMON,
+        BY_SCHEDULE,
     )
     OUTPUTS = CACHE_OUTPUTS
     HIDDEN = {"unique_id": "UNIQUE_ID"}  # the graph cache gives equal nodes one output; each needs a report of its own
 
     def run(
         self, model, interval, order, warmup_steps, tail_steps, granularity, basis, axis, start_percent, end_percent,
-        unique_id=None, **common,
+        unique_id=None, schedule="", **common,
     ):  # fmt: skip
         from ..accel.cache.taylor import TaylorSeer
 
-        policy = TaylorSeer(order, basis, axis, interval)
+        policy = TaylorSeer(order, basis, axis, max(interval, 2) if schedule.strip() else interval)
         limits = (warmup_steps, tail_steps, start_percent, end_percent)
-        return cached_model(model, policy, granularity, limits, common, self.TITLE)
+        return cached_model(model, policy, granularity, limits, common, self.TITLE, schedule)
 
 
 class RectiflowIntervalCache(Node):
@@ -134,7 +145,7 @@ class RectiflowCacheReport(Node):
     )
 
     def run(self, report, after):
-        last = report.last
+        last = report.read()
         if last is None:
             remedy = "Link the cache node's own model to the sampler, and the sampler's output to 'after'."
             raise input_error(self.TITLE, "report", "a cache that has not run", "the report of a model that was sampled", remedy)

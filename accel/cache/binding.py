@@ -14,8 +14,11 @@ import torch
 from ...errors import input_error
 from ...families.arch import ArchSpec, arch_spec
 from ...families.blocks import BlockKey, parse_blocks
+from ...families.decoupled import decoupled_spec
+from ...families.gated import gated_modules
 from ...families.modulation import modulated_input
 from ...metrics.stopwatch import DeviceClock
+from .module_target import ModuleTarget
 from .report import CacheLog
 from .store import Key
 from .targets import TARGETS, BlockTarget, Call, OutputTarget, Target
@@ -37,12 +40,16 @@ def make_target(plan: CachePlan, transformer: Any, where: str) -> Target:
         raise input_error(where, "granularity", plan.target, ", ".join(TARGETS), "Choose one of these.")
     probe = plan.policy.probe
     inside = probe is not None and probe.at != "latent"
+    if inside and plan.target not in ("last_block", "block_delta"):
+        remedy = "This rule looks at the first block; choose one of these."
+        raise input_error(where, "granularity", plan.target, "last_block, block_delta", remedy)
     if plan.target in ("output", "output_delta"):
-        if inside:
-            remedy = "This rule looks at the first block; choose one of these."
-            raise input_error(where, "granularity", plan.target, "last_block, block_delta", remedy)
         return OutputTarget(plan.target == "output_delta")
+    if plan.target == "condition":
+        return _condition_target(transformer, where)
     arch = arch_spec(transformer)
+    if plan.target == "modules":
+        return ModuleTarget(gated_modules(transformer, arch, where))
     if arch is None:
         remedy = "Use Taylor Forecast Cache, or the rule input_change." if inside else "Set granularity to output."
         raise input_error(where, "granularity", plan.target, f"output: the blocks of {type(transformer).__name__} have no patches", remedy)
@@ -56,6 +63,17 @@ def make_target(plan: CachePlan, transformer: Any, where: str) -> Target:
         raise input_error(where, "blocks", plan.blocks or plan.policy.line(), allowed, "Leave blocks empty, or name a range to the end.")
     modulated = modulated_input(transformer, where) if inside and probe.at == "entry" else None
     return BlockTarget(arch, ranges, plan.target == "block_delta", modulated)
+
+
+def _condition_target(transformer: Any, where: str) -> BlockTarget:
+    spec = decoupled_spec(transformer)
+    if spec is None:
+        got = f"condition, with a model of {type(transformer).__name__}"
+        remedy = "Set granularity to block_delta over the front blocks, last_block or output: this model has no encoder of its own."
+        raise input_error(where, "granularity", got, "condition with decoupled models (an encoder and a decoder)", remedy)
+    target = BlockTarget(spec, {"": spec.blocks}, False)
+    target.name = "condition"
+    return target
 
 
 def _chosen_blocks(plan: CachePlan, arch: ArchSpec, where: str) -> tuple[BlockKey, ...]:
@@ -111,7 +129,7 @@ def _sampling(plan: CachePlan, log: CacheLog, where: str, executor: Any, args: t
     transformer = patcher.get_model_object("diffusion_model")
     target = make_target(plan, transformer, where)
     clock = DeviceClock(torch.device(patcher.load_device))
-    run = Run(plan, target, sigmas.tolist(), clock.device, arch_spec(transformer), where)
+    run = Run(plan, target, sigmas.tolist(), clock.device, decoupled_spec(transformer) or arch_spec(transformer), where)
     options = guider.model_options.setdefault("transformer_options", {})
     outer, order = options.get(RUN), options.get("wrappers", {}).get(APPLY)
     options[RUN] = run
@@ -156,9 +174,11 @@ def _model_call(executor, *args, **kwargs):
         return executor(*args[:place], changed, *args[place + 1 :], **kwargs)
 
     keys, owners = _keys(executor.class_obj, options, uuids, kinds)
+    context = kwargs.get("c_crossattn", args[3] if len(args) > 3 else None)
+    text = context.shape[1] if torch.is_tensor(context) and context.ndim > 1 else 0
     run.inside = True  # a host that merges wrappers twice calls this function within itself
     try:
-        return run.handle(Call(args[0], sigmas[0], options, go_on), keys, owners)
+        return run.handle(Call(args[0], sigmas[0], options, go_on, text=text), keys, owners)
     finally:
         run.inside = False
 

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from ...errors import input_error
 from ...families.arch import arch_spec
+from ...families.decoupled import decoupled_spec
 from .policy import Action, Choice, Observation, Policy, RunFacts, RunState, Visit
 from .store import Key
 
@@ -142,5 +143,6 @@ class Recorder(Policy):
 
 def recorder(model: Any, target: str, blocks: str, options: RecordOptions) -> Recorder:
     """A recorder for MODEL `model`, whose family the schedule will name."""
-    arch = arch_spec(model.get_model_object("diffusion_model"))
+    network = model.get_model_object("diffusion_model")
+    arch = decoupled_spec(network) or arch_spec(network)
     return Recorder(recording=Recording(target, blocks, arch.family if arch is not None else "", options))

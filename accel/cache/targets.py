@@ -4,6 +4,8 @@
     output_delta  v − x; a skip adds it to the x of the call
     last_block    the image tokens after the last block; a skip runs embedders and final layer only
     block_delta   what blocks a … c add to each stream of tokens; a skip adds it to what enters block a in the same call
+    modules       the output of every attention and MLP before its gate, see module_target.py
+    condition     the tokens that a decoupled model's encoder hands to its decoder; a skip runs embedders and decoder only
 
 A target offers `full(call, parts)` → (denoised, features by part), and `skip(call, features, part)` → denoised. Parts are the ranges of a
 policy that has several; a target without blocks knows only "". Features are whole batches, in the order `skip` takes them. The host adds
@@ -24,7 +26,7 @@ from ...families.blocks import BlockKey
 
 __all__ = ["BlockTarget", "Call", "Features", "OutputTarget", "TARGETS", "Target", "Watch"]
 
-TARGETS = ("output", "last_block", "block_delta", "output_delta")
+TARGETS = ("output", "last_block", "block_delta", "output_delta", "modules", "condition")
 
 Features = tuple[torch.Tensor, ...]  # each (b, …), the whole batch of a call
 
@@ -43,7 +45,11 @@ class Watch:
 
 @dataclass
 class Call:
-    """One model call on its way through APPLY_MODEL. run(options) goes on with it. sigma: one for all rows; bypassed: see RunRecord."""
+    """One model call on its way through APPLY_MODEL. run(options) goes on with it. sigma: one for all rows; bypassed: see RunRecord.
+
+    text: tokens of text in this call. Conditions of unlike length that share a call are brought to one length, so it may change from one
+    visit to the next.
+    """
 
     x: torch.Tensor  # (b, c, …)
     sigma: float
@@ -51,12 +57,17 @@ class Call:
     run: Callable[[dict[str, Any]], torch.Tensor]
     watch: Watch | None = None
     bypassed: int = 0
+    text: int = 0
 
 
 class Target(Protocol):
-    """See the head of this file. full: parts None means all; the features are {} where the model did not offer its blocks."""
+    """See the head of this file. full: parts None means all; the features are {} where the model did not offer its blocks.
+
+    keeps_text: whether features hold text tokens, so that history fits only calls with as many of them.
+    """
 
     name: str
+    keeps_text: bool
 
     def full(self, call: Call, parts: Sequence[str] | None = None) -> tuple[torch.Tensor, Mapping[str, Features]]: ...
 
@@ -65,6 +76,8 @@ class Target(Protocol):
 
 class OutputTarget:
     """The velocity of the whole model, or (`relative`) what it is beyond the x of its call."""
+
+    keeps_text = False
 
     def __init__(self, relative: bool = False):
         self.relative = relative
@@ -111,6 +124,7 @@ class BlockTarget:
     ):  # fmt: skip
         self.arch, self.ranges, self.relative, self.modulated = arch, dict(ranges), relative, modulated
         self.name = "block_delta" if relative else "last_block"
+        self.keeps_text = any(self.with_text(part) for part in self.ranges)
 
     def with_text(self, part: str) -> bool:
         """Whether the text that leaves the range is still read."""

@@ -57,15 +57,19 @@ class CachePlan:
 
 @dataclass
 class _Batch:
-    """One model call with its conditions. keys: one a part of the batch, parts of equal size; owners: what keys know by identity."""
+    """One model call with its conditions. keys: one a part of the batch, parts of equal size; owners: what keys know by identity.
+
+    text: tokens of text that history must have, 0 where it holds none.
+    """
 
     call: Call
     keys: Sequence[Key]
     owners: tuple
+    text: int = 0
     guards: list[tuple] = field(init=False)
 
     def __post_init__(self) -> None:
-        self.guards = [guard_of(part) for part in self.split(self.call.x)]
+        self.guards = [(*guard_of(part), self.text) for part in self.split(self.call.x)]
 
     def split(self, tensor: torch.Tensor) -> Sequence[torch.Tensor]:
         return tensor.tensor_split(len(self.keys))
@@ -101,7 +105,7 @@ class Run:
 
     def handle(self, call: Call, keys: Sequence[Key], owners: tuple) -> torch.Tensor:
         """Make the call or forecast it."""
-        batch = _Batch(call, keys, owners)
+        batch = _Batch(call, keys, owners, call.text if self.target.keeps_text else 0)
         if self._visit is None or self._visit.sigma != call.sigma or not self._served.isdisjoint(keys):
             self._open(batch)
         self._served.update(keys)
@@ -163,7 +167,9 @@ class Run:
         if self.scheduled is not None and int(visit.u + BETWEEN_STEPS) in self.scheduled:
             return Choice(Action.FULL, "schedule")
         by_schedule = self.scheduled is not None and self.probe is None
-        choice = Choice(Action.SKIP, "schedule") if by_schedule else self.state.decide(visit)
+        choice = self.state.decide(visit)
+        if by_schedule:
+            choice = Choice(Action.SKIP, "schedule", choice.part)
         gated = choice.action is Action.PROBE
         if choice.action is Action.FULL or self._known(batch, choice.part) and not (gated and not self._known(batch, PROBE)):
             return choice

@@ -180,6 +180,31 @@ def test_other_caches_take_a_schedule_in_place_of_their_interval(tiny):
     assert [visit.index for visit in log.last.visits if visit.decision == "full"] == [0, 1, 5, 7]
 
 
+SIGMAS = torch.linspace(1, 0, 9)
+
+
+def test_the_taylor_node_takes_a_schedule_as_text_even_at_interval_one(tiny):
+    schedule = manual_schedule("0,1,5", SIGMAS.tolist(), "test").json()
+    settings = {"warmup_steps": 0, "tail_steps": 1, "start_percent": 0.0, "end_percent": 1.0, "order": 1, "basis": "newton", "axis": "step"}
+    node = NODES["RectiflowTaylorForecastCache"]()
+    model, log = node.execute(model=tiny.model, interval=1, granularity="last_block", schedule=schedule, **settings)
+    tiny.sample(PROMPT, tiny.noise([1]), sigmas=SIGMAS, model=model)
+    assert [visit.index for visit in log.last.visits if visit.decision == "full"] == [0, 1, 5, 7]
+    with pytest.raises(NodeInputError, match="Taylor Forecast Cache: input 'schedule' got 'every 4'"):
+        node.execute(model=tiny.model, interval=1, granularity="last_block", schedule="every 4", **settings)
+
+
+def test_the_delta_node_leaves_its_ranges_out_by_a_schedule(tiny):
+    """Five late steps of eight: the range changes behind step 2, and the schedule alone says which steps are whole."""
+    from rectiflow.tests.accel.test_delta_dit import SETTINGS
+
+    schedule = manual_schedule("0,4", SIGMAS.tolist(), "test").json()
+    given = {**SETTINGS, "boundary_steps": 5, "warmup_steps": 1, "schedule": schedule}
+    model, log = NODES["RectiflowDeltaBlockCache"]().execute(model=tiny.model, **given)
+    latent = tiny.sample(PROMPT, tiny.noise([1]), sigmas=SIGMAS, model=model)
+    assert [visit.index for visit in log.last.visits if visit.decision == "full"] == [0, 4] and torch.isfinite(latent).all()
+
+
 def test_a_schedule_of_another_family_or_range_is_refused_when_sampling(tiny):
     sigmas = torch.linspace(1, 0, 9)
     alien = CacheSchedule(tuple(sigmas.tolist()), (0, 4), family="Wan")

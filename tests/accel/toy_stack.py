@@ -19,6 +19,7 @@ class ToyStack:
     """first(s), last(s): what the watch sees and what the target keeps at step s, (b, …). used: step → the forecast put back."""
 
     name = "last_block"
+    keeps_text = False
 
     def __init__(self, first: Feature, last: Feature, steps: int, name: str = "last_block"):
         self.first, self.last, self.steps, self.name = first, last, steps, name
