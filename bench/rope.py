@@ -1,12 +1,16 @@
 """The tiny model at 2× and 3× its training side with every way of stretching positions.
 
-    python bench/rope.py [--factors 2 3] [--count 16] [--steps 20] [--table] [--sheet FILE]
+    python bench/rope.py [--factors 2 3] [--count 16] [--steps 20] [--table] [--sheet FILE] [--keep FOLDER]
 
 Real pictures of a size are made from the 32 held-out emoji of bench/pictures: each one enlarged by Lanczos, and as many grids of
-factor × factor different ones, untouched. Distance: the sliced Wasserstein distance of 7×7 patches of a Laplacian pyramid down to 16 pixels
-(Karras et al., arXiv 1710.10196), times 1000, the mean of its levels; the coarsest level is layout, the finest texture. No network judges
-another, and every method has the same prompts, seeds and patch places. `spread`: standard deviation of the distance over 8 draws of half of
-the pictures.
+factor × factor different ones, untouched. Two distances to them, both with the same prompts, seeds and places for every method:
+
+- `whole`, `part`: the tiny model's features of the picture made smaller and of squares cut from it (feature_distance.py), and their sum,
+  `features`, by which methods are compared;
+- `sliced`: the sliced Wasserstein distance of 7×7 patches of a Laplacian pyramid down to 16 pixels (Karras et al., arXiv 1710.10196), times
+  1000, the mean of its levels; no network judges another, and it knows colours and strokes but no things.
+
+The two spreads: standard deviation over 8 draws of half of the pictures. `of_plain`: features, divided by that of the unscaled model.
 """
 
 from __future__ import annotations
@@ -14,10 +18,12 @@ from __future__ import annotations
 import argparse
 import statistics
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 import torch.nn.functional as F
+from feature_distance import Judge, kernel_distance, views
 from held_out import load_held_out
 from table import write_table
 
@@ -28,7 +34,10 @@ METHODS = (
 PLANS = (*((method, "off") for method in METHODS), ("none", "paper_log"), ("vision_ntk", "paper_log"), ("vision_ntk", "fit_code"))
 TRAINED = 8  # tokens a side: 64 pixels, 4 a latent cell, 2 cells a token
 PATCH, PLACES, DIRECTIONS, SMALLEST = 7, 64, 128, 16
-HEADER = ("factor", "method", "attention_scale", "pictures", "steps", "distance", "spread", "coarsest", "finest", "against_plain")
+HEADER = (
+    "factor", "method", "attention_scale", "pictures", "steps", "features", "features_spread", "of_plain", "whole", "part", "sliced",
+    "sliced_spread",
+)  # fmt: skip
 
 
 def real_pictures(factor: int) -> torch.Tensor:
@@ -79,65 +88,88 @@ def distances(pictures: torch.Tensor, real: torch.Tensor) -> list[float]:
     return found
 
 
-def draw(method: str, attention_scale: str, factor: int, count: int, steps: int) -> torch.Tensor:
-    """Pictures (count, 3, side, side) in 0…1 of the first held-out captions, CFG 3, Euler, a seed each."""
+def draw(tiny, plan: tuple[str, str], factor: int, count: int, steps: int) -> torch.Tensor:
+    """Pictures (count, 3, side, side) in 0…1 of the first held-out captions, CFG 3, Euler, a seed each. plan: method, attention scale."""
     from rectiflow.accel.attention.rope import RopePlan, attach
     from rectiflow.accel.attention.rope_spectrum import RopeScaling
-    from rectiflow.host.embedded import make_host, use_host
-    from rectiflow.tests.contract.tiny_runs import TinyRuns
 
     captions = [entry.caption for entry, _ in load_held_out()][:count]
-    with use_host(make_host()):
-        tiny = TinyRuns(make_host())
-        model = attach(tiny.model, RopePlan(RopeScaling(method, (TRAINED, TRAINED)), attention_scale), "bench")
-        noise = tiny.noise(range(count), (64 * factor, 64 * factor))
-        latent = tiny.sample(captions, noise, model=model, steps=steps)
-        return tiny.vae.decode(latent).movedim(-1, 1).float().clamp(0.0, 1.0)
+    model = attach(tiny.model, RopePlan(RopeScaling(plan[0], (TRAINED, TRAINED)), plan[1]), "bench")
+    latent = tiny.sample(captions, tiny.noise(range(count), (64 * factor, 64 * factor)), model=model, steps=steps)
+    return tiny.vae.decode(latent).movedim(-1, 1).float().clamp(0.0, 1.0)
 
 
-def spread(pictures: torch.Tensor, real: torch.Tensor) -> float:
-    halves = [torch.randperm(len(pictures), generator=torch.Generator().manual_seed(seed))[: -(-len(pictures) // 2)] for seed in range(8)]
-    return statistics.stdev(statistics.mean(distances(pictures[half], real)) for half in halves)
+@dataclass(frozen=True)
+class Real:
+    """Real pictures of a size, (n, 3, side, side), and their features by view."""
+
+    pictures: torch.Tensor
+    features: dict[str, torch.Tensor]
 
 
-def measured(factor: int, count: int, steps: int) -> tuple[list[tuple], list[torch.Tensor]]:
-    real, rows, drawn, plain = real_pictures(factor), [], [], 0.0
-    for method, attention_scale in PLANS:
-        pictures = draw(method, attention_scale, factor, count, steps)
-        levels = distances(pictures, real)
-        mean = statistics.mean(levels)
-        plain = plain or mean
-        figures = (mean, spread(pictures, real), levels[-1], levels[0], mean / plain)
-        rows.append((factor, method, attention_scale, count, steps, *(round(figure, 3) for figure in figures)))
+def figures(pictures: torch.Tensor, features: dict[str, torch.Tensor], real: Real) -> dict[str, float]:
+    """The distances of one method."""
+
+    def seen(chosen: torch.Tensor) -> dict[str, float]:
+        return {name: kernel_distance(features[name][chosen], real.features[name]) for name in features}
+
+    def half(seed: int) -> torch.Tensor:
+        return torch.randperm(len(pictures), generator=torch.Generator().manual_seed(seed))[: -(-len(pictures) // 2)]
+
+    parts = seen(torch.arange(len(pictures)))
+    return {
+        **parts, "features": sum(parts.values()),
+        "features_spread": statistics.stdev(sum(seen(half(seed)).values()) for seed in range(8)),
+        "sliced": statistics.mean(distances(pictures, real.pictures)),
+        "sliced_spread": statistics.stdev(statistics.mean(distances(pictures[half(seed)], real.pictures)) for seed in range(8)),
+    }  # fmt: skip
+
+
+def measured(tiny, factor: int, count: int, steps: int, keep: Path | None) -> tuple[list[tuple], list[torch.Tensor]]:
+    judge, pictures = Judge(tiny), real_pictures(factor)
+    real = Real(pictures, {name: judge.features(seen) for name, seen in views(pictures).items()})
+    rows, drawn, plain = [], [], 0.0
+    for plan in PLANS:
+        pictures = draw(tiny, plan, factor, count, steps)
+        found = figures(pictures, {name: judge.features(seen) for name, seen in views(pictures).items()}, real)
+        plain = plain or found["features"]
+        found |= {"of_plain": found["features"] / plain}
+        rows.append((factor, *plan, count, steps, *(round(found[name], 3) for name in HEADER[5:])))
         print(*rows[-1], flush=True)
-        drawn.append(pictures[:4])
+        drawn.append(pictures[:2])
+        if keep:
+            torch.save((pictures * 255.0).round().byte(), keep / f"{factor}x_{'_'.join(plan)}.pt")
     return rows, drawn
 
 
 def sheet(drawn: Sequence[torch.Tensor], path: Path) -> None:
-    """One row a plan, in the order of PLANS, four pictures each."""
+    """A column a plan, in the order of PLANS; two pictures each, the same two prompts and seeds in a row."""
     from PIL import Image
 
-    rows = [torch.cat(list(pictures), dim=-1) for pictures in drawn]
-    Image.fromarray((torch.cat(rows, dim=-2).permute(1, 2, 0) * 255.0).round().byte().numpy()).save(path, quality=90)
+    columns = [torch.cat(list(pictures), dim=-2) for pictures in drawn]
+    Image.fromarray((torch.cat(columns, dim=-1).permute(1, 2, 0) * 255.0).round().byte().numpy()).save(path, quality=85)
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
+    from rectiflow.host.embedded import make_host, use_host
+    from rectiflow.tests.contract.tiny_runs import TinyRuns
+
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--factors", type=int, nargs="+", default=[2, 3])
-    parser.add_argument("--count", type=int, default=16)
+    parser.add_argument("--count", type=int, default=16, help="pictures of a method, 4 to 32")
     parser.add_argument("--steps", type=int, default=20)
-    parser.add_argument("--table", action="store_true", help="keep the figures as bench/results/rope.csv")
+    parser.add_argument("--table", action="store_true", help="keep the figures as bench/results/rope_2x.csv and so on")
     parser.add_argument("--sheet", type=Path, help="write pictures of every plan; the factor is put before the suffix")
+    parser.add_argument("--keep", type=Path, metavar="FOLDER", help="keep the pictures, uint8 tensors, a file a plan")
     given = parser.parse_args(arguments)
-    rows = []
-    for factor in given.factors:
-        found, drawn = measured(factor, given.count, given.steps)
-        rows += found
-        if given.sheet:
-            sheet(drawn, given.sheet.with_stem(f"{given.sheet.stem}_{factor}x"))
-    if given.table:
-        write_table("rope", HEADER, rows)
+    with use_host(make_host()), torch.inference_mode():
+        tiny = TinyRuns(make_host())
+        for factor in given.factors:
+            found, drawn = measured(tiny, factor, given.count, given.steps, given.keep)
+            if given.sheet:
+                sheet(drawn, given.sheet.with_stem(f"{given.sheet.stem}_{factor}x"))
+            if given.table:
+                write_table(f"rope_{factor}x", HEADER, found)
 
 
 if __name__ == "__main__":

@@ -1,9 +1,9 @@
 """Where a family turns token places into rotations, and how many latent cells a token covers.
 
 Facts of ComfyUI 0.3.64: Flux, Chroma, HunyuanVideo, Qwen-Image and HiDream keep an embedder as `pe_embedder`, Lumina 2 and Wan as
-`rope_embedder`. It takes ids (b, n, axes) alone, has `axes_dim` and `theta`, and answers (b, 1, n, d/2, 2, 2), HiDream's (b, n, 1, …), pairs
-in the order of the axes: time or text, row, column. SD3's positions are added vectors, and others compute rotations inside their blocks: nothing can be put in
-their place.
+`rope_embedder`. It takes ids (b, n, axes) alone, has `axes_dim` and `theta`, and answers (b, 1, n, d/2, 2, 2), HiDream's (b, n, 1, …),
+pairs in the order of the axes: time or text, row, column. SD3's positions are added vectors, and others compute rotations inside their
+blocks: nothing can be put in their place.
 """
 
 from __future__ import annotations
