@@ -53,6 +53,11 @@ NOTES = {
         "A picture of twice the side the model was trained at. Change **method**: `none` is the plain model, where things repeat; "
         "`position_interpolation` stretches all frequencies alike. **train_rows** and **train_columns** are 8 for this model, 64 for Flux."
     ),
+    "high_resolution_attention": (
+        "Twice the training side, four ways: plain; with positions stretched by **RoPE Extrapolation**; and with cheaper attention on top. "
+        "**Grouped Attention** computes 60 % of the pairs here and **Context Drop** 27 %; the reports say so. Groups of 2 or factor 4 show "
+        "what goes first. At this size neither is faster: that begins at some thousand tokens."
+    ),
     "region_adaptive": (
         "After eight steps only half of the tokens are computed; **Map of computed tokens** shows which, bright is often. Change "
         "**sample_ratio**: 1 is the plain model, 0.2 shows where detail goes; **starvation** 0 shows tokens that are never computed again."
