@@ -52,6 +52,9 @@ fireflow steps=27 inject_steps=15 blocks=single:3-5 cfg=2
 rf_inversion steps=28 eta=0.9 end=0.25 cfg=2.5
 flow_edit steps=34 skip=6 cfg=3.5
 uni_edit steps=23 alpha=0.8 omega=1 cfg=2
+kv_edit steps=19 cfg=2
+kv_edit steps=19 cfg=2 start=noise
+kv_edit steps=28 cfg=2 start=inversion_free
 """
 
 
@@ -224,7 +227,8 @@ def bench_editing(bench: Bench) -> None:
         latent = bench.vae.encode(picture)
         decoded = bench.vae.decode(latent)
         paper = (decoded.amin(-1) > 0.97).float()  # background: what is white in the picture, (1, h, w)
-        task = EditTask(bench.model, bench.prompt(source), bench.prompt(target), bench.empty, latent, uniform(28))
+        prompts = bench.prompt(source), bench.prompt(target), bench.empty
+        task = EditTask(bench.model, *prompts, latent, uniform(28), mask=1 - paper)
         rows.append([name, "the picture itself", 0, 0, "", "", "", "", f"{bench.margin(latent, task.source, task.target):+.4f}"])
         for method in parse_methods(METHODS, "bench"):
             start = time.perf_counter()

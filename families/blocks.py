@@ -30,6 +30,10 @@ class BlockLayout:
     counts: Mapping[str, int]
     text: str
 
+    def every(self) -> tuple[BlockKey, ...]:
+        """The keys of all blocks."""
+        return tuple((f"{kind}_block", number) for kind, count in self.counts.items() for number in range(count))
+
     def __str__(self) -> str:
         return ", ".join(f"{kind}:0-{count - 1}" for kind, count in self.counts.items())
 

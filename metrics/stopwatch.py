@@ -17,7 +17,7 @@ from typing import Any
 
 import torch
 
-__all__ = ["DeviceClock", "RunTimes", "Stopwatch"]
+__all__ = ["DeviceClock", "PeakMemory", "RunTimes", "Stopwatch"]
 
 KEY = "rectiflow_stopwatch"
 
@@ -40,6 +40,19 @@ class RunTimes:
             f"{self.seconds:.3f} s, of it {share:.1%} in the network; {self.evaluations} evaluations, {self.calls} network calls, "
             f"rows {self.conditional_rows} conditional + {self.unconditional_rows} unconditional{'' if self.finished else '; not finished'}"
         )
+
+
+class PeakMemory:
+    """The most memory that tensors took on a CUDA device since this object was made. Other devices keep no such count."""
+
+    def __init__(self, device: torch.device):
+        self.device = device
+        if device.type == "cuda":
+            torch.cuda.reset_peak_memory_stats(device)
+
+    def text(self) -> str:
+        """In MiB, "-" where it is not known."""
+        return f"{torch.cuda.max_memory_allocated(self.device) / 2**20:.1f}" if self.device.type == "cuda" else "-"
 
 
 class DeviceClock:

@@ -40,7 +40,7 @@ class RectiflowRFEditSampler(Node):
 
 
 class RectiflowSourceTargetGuider(Node):
-    """Knows what a picture shows and what it shall show; FlowEdit and Uni-Edit ask it for both. Other samplers see the target prompt."""
+    """Knows what a picture shows and what it shall show; FlowEdit, Uni-Edit and KV-Edit ask for both. Others see the target."""
 
     TITLE = "Source Target Guider"
     GROUP = GROUP
@@ -110,6 +110,30 @@ class RectiflowUniEditSampler(Node):
         return (UniEditSampler(alpha, omega, mask),)
 
 
+class RectiflowKVEditSampler(Node):
+    """Draws only what a mask covers and shows the model the picture's own keys and values elsewhere, which stays as it is to the bit."""
+
+    TITLE = "KV-Edit Sampler"
+    GROUP = GROUP
+    SEARCH_ALIASES = ["kv edit", "background preservation", "masked edit", "replace object", "remove object"]
+    INPUTS = (
+        integer("skip", 0, 0, 1000, "First steps that are left out. More keeps more of what the mask covers."),
+        choice("start", ("inverted", "noise", "inversion_free"),
+            "inverted: the covered part starts from its own inverted noise and keeps its layout. noise: from drawn noise, to put in or "
+            "take out a thing. inversion_free: nothing is inverted, a third fewer model calls, a less exact background for the model.",
+        ),
+        seed_input("Of the noise, where it is drawn."),
+        socket("mask", "MASK", "What is drawn again. Left out, the latent's noise mask decides.", optional=True),
+        choice("store", ("device", "cpu"), "Where the keys and values of one step lie.", optional=True),
+    )
+    OUTPUTS = (_SAMPLER,)
+
+    def run(self, skip, start, seed, mask=None, store="device"):
+        from ..samplers.kv_edit import KVEditSampler
+
+        return (KVEditSampler(mask, skip, start, seed, store),)
+
+
 class RectiflowRFInversionForwardSampler(Node):
     """RF-Inversion's way up: inversion drawn towards one noise. Rising sigmas, an empty prompt, cfg 1."""
 
@@ -173,42 +197,65 @@ class RectiflowEditCompare(Node):
         text("methods",
             "euler steps=28\nrf_edit steps=14 inject_steps=3\nfireflow steps=27 inject_steps=6\nrf_inversion steps=28\nflow_edit steps=32\n"
             "uni_edit steps=30",
-            "A method a line with options as name=value: euler, rf_edit, fireflow, rf_inversion, flow_edit, uni_edit.", multiline=True,
+            "A method a line with options as name=value: euler, rf_edit, fireflow, rf_inversion, flow_edit, uni_edit, kv_edit (which needs "
+            "the mask).", multiline=True,
         ),
         seed_input("Of all noise."),
         socket("mask", "MASK", "The part that shall change; the table's figures are then those of the part outside it.", optional=True),
+        boolean("features", False, "Adds the feature distance to the picture as the tiny model sees it.", optional=True),
+        socket("clip_vision", "CLIP_VISION", "Adds how alike the whole result and the picture are to this encoder.", optional=True),
     )
     OUTPUTS = (
         Output("LATENT", "latents", "The edited pictures in the order of the lines."),
         Output("IMAGE", "pictures", "The same, decoded."),
         Output("STRING", "labels", "A caption a picture, for Picture Grid."),
-        Output("STRING", "table", "Model calls, rows, seconds, and how near each result is to the picture."),
+        Output("STRING", "table", "Model calls, rows, seconds, device memory, and how near each result is to the picture."),
     )
 
-    def run(self, model, vae, source, target, negative, latent, sigmas, methods, seed, mask=None):
+    def run(
+        self, model, vae, source, target, negative, latent, sigmas, methods, seed, mask=None, features=False, clip_vision=None,
+    ):  # fmt: skip
         import time
 
         import torch
 
         from ..host import KSAMPLER, CFGGuider, calc_cond_batch, cfg_function, sample_custom
-        from ..metrics.fidelity import figures
+        from ..metrics.stopwatch import PeakMemory
         from ..samplers.edit_methods import EditTask, HostCalls, parse_methods, run_method
 
         host = HostCalls(sample_custom, calc_cond_batch, cfg_function, CFGGuider, KSAMPLER)
-        task = EditTask(model, source, target, negative, latent["samples"], sigmas, seed)
+        task = EditTask(model, source, target, negative, latent["samples"], sigmas, seed, mask)
         picture = vae.decode(latent["samples"])
         outside = None if mask is None else 1.0 - mask
         latents, pictures, labels = [], [], []
-        table = [f"{'method':<14}{'calls':>7}{'rows':>7}{'seconds':>9}{'PSNR':>8}{'SSIM':>8}  line"]
+        head = f"{'method':<14}{'calls':>7}{'rows':>7}{'seconds':>9}{'MiB':>9}{'PSNR':>8}{'SSIM':>8}{'MSE':>10}{'features':>10}{'CLIP':>8}"
+        table = [f"{head}  line"]
         for method in parse_methods(methods, self.TITLE):
-            start = time.perf_counter()
+            memory, start = PeakMemory(model.load_device), time.perf_counter()
             edited, calls, rows = run_method(method, task, host)
             seconds = time.perf_counter() - start
             decoded = vae.decode(edited)
-            near = figures(decoded, picture, outside, "gaussian", 1.0, self.TITLE)
-            psnr, ssim = float(near.psnr.mean()), float(near.ssim.mean())
-            table.append(f"{method.name:<14}{calls:>7}{rows:>7}{seconds:>9.2f}{psnr:>8.2f}{ssim:>8.3f}  {method.text}")
+            psnr, figures = self._figures(decoded, picture, outside, features, clip_vision)
+            table.append(f"{method.name:<14}{calls:>7}{rows:>7}{seconds:>9.2f}{memory.text():>9}{figures}  {method.text}")
             labels += [f"{method.name}: {calls} calls, {psnr:.1f} dB"] * len(decoded)
             latents.append(edited)
             pictures.append(decoded)
         return ({"samples": torch.cat(latents)}, torch.cat(pictures), "\n".join(labels), "\n".join(table))
+
+    def _figures(self, decoded, picture, outside, features, clip_vision) -> tuple[float, str]:
+        """PSNR, and the columns from it on; "-" where a figure was not asked for."""
+        from torch.nn.functional import cosine_similarity
+
+        from ..metrics.fidelity import figures
+        from .metrics import RectiflowFeatureDistance
+
+        near = figures(decoded, picture, outside, "gaussian", 1.0, self.TITLE)
+        psnr, ssim, mse = (float(values.mean()) for values in (near.psnr, near.ssim, near.mse))
+        seen = alike = "-"
+        if features:
+            inputs = {"sigma": 0.2, "blocks": "double:1-2, single:0-2", "seed": 0, "mask": outside}
+            seen = f"{RectiflowFeatureDistance().run(decoded, picture, **inputs)[0]:.4f}"
+        if clip_vision is not None:
+            ours, theirs = (clip_vision.encode_image(pixels)["image_embeds"].float() for pixels in (decoded, picture))
+            alike = f"{float(cosine_similarity(ours, theirs, dim=-1).mean()):.4f}"
+        return psnr, f"{psnr:>8.2f}{ssim:>8.3f}{mse:>10.2e}{seen:>10}{alike:>8}"

@@ -1,10 +1,10 @@
-"""Reading and replacing the value tensors V of chosen blocks during one model call, through official extension points only.
+"""Reading and replacing the values V and keys K of chosen blocks during one model call, through official extension points only.
 
 A block is found by an entry of patches_replace["dit"], which hands it a copy of transformer_options with a tag in it; V is met in the
 attention override, which sees that tag. Both are set on a copy of the call's own model_options, so that nothing is patched and nothing
 has to be undone. An entry or an override that is already there is kept: ours runs first and hands on to it.
 
-V is (b, heads, n, d) where attention is called with skip_reshape, else (b, n, …). The first attention of a block is meant: joint
+K and V are (b, heads, n, d) where attention is called with skip_reshape, else (b, n, …). The first attention of a block is meant: joint
 attention in SD3, where a second one may follow, and self-attention in Wan and LTX-Video, where one to the text follows.
 """
 
@@ -21,6 +21,8 @@ from ..families.blocks import BlockKey
 
 __all__ = ["ValueHook", "ValueVisit"]
 
+Changed = torch.Tensor | tuple[torch.Tensor, torch.Tensor] | None  # V, K and V, or nothing
+
 _TAG = "rectiflow_value_visit"
 _TEXT_COUNTER: BlockKey = ("double_block", 0)  # the one block that is given image and text tokens apart in every family
 
@@ -30,7 +32,9 @@ class ValueVisit:
     """One attention of a chosen block.
 
     key: the block. v: its values, whole batch. axis: V's token axis. text: how many text tokens it holds, None when no block told.
-    kinds: for each part of the batch which condition it is, 0 the positive one (the host's cond_or_uncond).
+    kinds: for each part of the batch which condition it is, 0 the positive one (the host's cond_or_uncond). k: its keys, as they meet
+    the queries (RoPE applied), with the token axis of V. turn: 0 for the block's first attention, 1 for the second, which in SD3.5's
+    dual-attention blocks is over image tokens alone.
     """
 
     key: BlockKey
@@ -38,6 +42,8 @@ class ValueVisit:
     axis: int
     text: int | None
     kinds: tuple[int, ...]
+    k: torch.Tensor
+    turn: int = 0
 
     def parts(self) -> list[tuple[int, slice]]:
         """(kind, its rows) of every condition in the batch."""
@@ -46,14 +52,17 @@ class ValueVisit:
 
 
 class ValueHook:
-    """Lets `on_values(visit) → V or None` see the values of `blocks` in the calls that are made with `options(…)`; None keeps V.
+    """Lets `on_values(visit)` see the values of `blocks` in the calls that are made with `options(…)`: it returns a new V, a pair of new K
+    and V, or None, which keeps both.
 
-    `missing()` names the blocks that no call reached, which a block skipped or replaced by another node's patch would be.
+    turns: how many attentions of a block are seen; 2 only where the second one is not to the text. `missing()` names the blocks that no
+    call reached, which a block skipped or replaced by another node's patch would be.
     """
 
-    def __init__(self, blocks: tuple[BlockKey, ...], on_values: Callable[[ValueVisit], torch.Tensor | None]):
+    def __init__(self, blocks: tuple[BlockKey, ...], on_values: Callable[[ValueVisit], Changed], turns: int = 1):
         self.blocks = blocks
         self.on_values = on_values
+        self.turns = turns
         self._text: int | None = None
         self._seen: set[BlockKey] = set()
 
@@ -85,7 +94,7 @@ class ValueHook:
                 self._text = args["txt"].shape[1]
             if key in self.blocks:
                 options = dict(args.get("transformer_options") or {})
-                options[_TAG] = [key]
+                options[_TAG] = [key] * self.turns
                 args = {**args, "transformer_options": options}
             return extra["original_block"](args) if earlier is None else earlier(args, extra)
 
@@ -96,12 +105,16 @@ class ValueHook:
             options = kwargs.get("transformer_options") or {}
             tag = options.get(_TAG)
             if tag and len(args) > 2:
-                key = tag.pop()  # emptied: a second attention of the block is left alone
+                key = tag.pop()  # emptied: a further attention of the block is left alone
+                turn = self.turns - 1 - len(tag)
                 q, k, v, *rest = args
                 kinds = tuple(options.get("cond_or_uncond") or (0,))
-                changed = self.on_values(ValueVisit(key, v, 2 if kwargs.get("skip_reshape") else 1, self._text, kinds))
+                text = 0 if turn else self._text
+                changed = self.on_values(ValueVisit(key, v, 2 if kwargs.get("skip_reshape") else 1, text, kinds, k, turn))
                 self._seen.add(key)
-                args = (q, k, v if changed is None else changed, *rest)
+                if changed is not None:
+                    k, v = changed if isinstance(changed, tuple) else (k, changed)
+                args = (q, k, v, *rest)
             return func(*args, **kwargs) if earlier is None else earlier(func, *args, **kwargs)
 
         attention.rectiflow_passes_on = True  # it changes values and calls on: accel/attention/dispatch.py lets it go first

@@ -16,6 +16,7 @@ from ..errors import input_error
 from .feature_sharing import FeatureBank, RecordPlan, ReplayPlan, sample_rf_edit
 from .flow_edit import FlowEditSampler
 from .inversion import InvertSampler, inversion_sigmas
+from .kv_edit import KVEditSampler
 from .rf_inversion import sample_rf_inversion_forward, sample_rf_inversion_reverse
 from .sampler_object import FlowSampler
 from .source_target import source_target_guider
@@ -37,7 +38,8 @@ class HostCalls:
 
 @dataclass(frozen=True)
 class EditTask:
-    """model: the host's patcher; source, target, negative: CONDITIONING; latent: the picture `(b, …)`; sigmas: falling; seed: of noise."""
+    """model: the host's patcher; source, target, negative: CONDITIONING; latent: the picture `(b, …)`; sigmas: falling; seed: of noise;
+    mask: `(b or 1, h, w)`, what shall change, which kv_edit needs."""
 
     model: Any
     source: list
@@ -46,6 +48,7 @@ class EditTask:
     latent: torch.Tensor
     sigmas: torch.Tensor
     seed: int = 0
+    mask: torch.Tensor | None = None
 
 
 @dataclass(frozen=True)
@@ -101,6 +104,10 @@ def _uni_edit(task: EditTask, host: HostCalls, options: Mapping) -> torch.Tensor
     return _two_sided(task, host, options, UniEditSampler(options["alpha"], options["omega"]))
 
 
+def _kv_edit(task: EditTask, host: HostCalls, options: Mapping) -> torch.Tensor:
+    return _two_sided(task, host, options, KVEditSampler(task.mask, options["skip"], options["start"], task.seed))
+
+
 def _by(solver: str) -> Callable:
     return lambda task, host, options: _edit_features(task, host, options, solver)
 
@@ -115,6 +122,7 @@ METHODS = MappingProxyType({
     "rf_inversion": (_rf_inversion, {"cfg": 2.0, "gamma": 0.5, "eta": 0.9, "start": 0.0, "end": 0.25, "trend": "constant"}),
     "flow_edit": (_flow_edit, {"cfg": 5.5, "cfg_source": 1.5, "skip": 4, "refine": 0, "n_avg": 1}),
     "uni_edit": (_uni_edit, {"cfg": 1.0, "cfg_source": 1.0, "alpha": 0.6, "omega": 5.0}),
+    "kv_edit": (_kv_edit, {"cfg": 2.0, "cfg_source": 1.0, "skip": 0, "start": "inverted"}),
 })
 
 

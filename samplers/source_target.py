@@ -10,10 +10,11 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 
 from ..errors import input_error
 
-__all__ = ["SideModel", "SourceTarget", "seeded_noise", "source_target_guider", "two_sided"]
+__all__ = ["SideModel", "SourceTarget", "picture_mask", "seeded_noise", "source_target_guider", "two_sided"]
 
 
 class SourceTarget:
@@ -104,3 +105,15 @@ def seeded_noise(like: torch.Tensor, seed: int):
     generators = [torch.Generator().manual_seed((seed + row) % 2**64) for row in range(len(like))]
     while True:
         yield torch.stack([torch.randn(like.shape[1:], generator=generator) for generator in generators]).to(like)
+
+
+def picture_mask(mask: torch.Tensor, x: torch.Tensor, where: str) -> torch.Tensor:
+    """A picture's mask `(b or 1, h, w)` at the size of a latent `(b, c, …, h, w)`: `(b or 1, 1, …, h, w)`.
+
+    Raises: NodeInputError for another number of masks.
+    """
+    mask = mask.reshape(-1, 1, *mask.shape[-2:]).to(x)
+    if mask.shape[0] not in (1, x.shape[0]):
+        raise input_error(where, "mask", f"{mask.shape[0]} masks", f"1 or {x.shape[0]} masks", "Give one mask, or one for each picture.")
+    mask = F.interpolate(mask, size=x.shape[-2:], mode="area")
+    return mask if x.ndim == 4 else mask.unsqueeze(2)

@@ -16,11 +16,9 @@ import logging
 from types import MappingProxyType
 
 import torch
-import torch.nn.functional as F
 
-from ..errors import input_error
 from .inversion import inversion_sigmas, sample_uni_inv
-from .source_target import SideModel, two_sided
+from .source_target import SideModel, picture_mask, two_sided
 
 __all__ = ["UniEditSampler", "difference_mask"]
 
@@ -62,7 +60,7 @@ class UniEditSampler:
         rising = inversion_sigmas(sigmas[steps - kept :].cpu(), where=NAME)
         options = {key: extra_args.get(key) for key in ("model_options", "seed")}
         x = sample_uni_inv(SideModel(guider), (1 - rising[0]) * latent_image, rising, options, disable=True)
-        given = None if self.mask is None else _mask_like(self.mask, x)
+        given = None if self.mask is None else picture_mask(self.mask, x, NAME)
         falling = sigmas[steps - kept :].cpu()
         for index, (s, s_next) in enumerate(zip(falling[:-1], falling[1:])):
             d_source, d_target = guider.both(x, x, s * x.new_ones([len(x)]), **options)
@@ -73,12 +71,3 @@ class UniEditSampler:
             if callback is not None:
                 callback(steps - kept + index, d_target, x, steps)
         return x
-
-
-def _mask_like(mask: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
-    """A picture's mask at the size of a latent: `(b or 1, 1, …, h, w)`."""
-    mask = mask.reshape(-1, 1, *mask.shape[-2:]).to(x)
-    if mask.shape[0] not in (1, x.shape[0]):
-        raise input_error(NAME, "mask", f"{mask.shape[0]} masks", f"1 or {x.shape[0]} masks", "Give one mask, or one for each picture.")
-    mask = F.interpolate(mask, size=x.shape[-2:], mode="area")
-    return mask if x.ndim == 4 else mask.unsqueeze(2)

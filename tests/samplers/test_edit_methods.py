@@ -22,7 +22,9 @@ PICTURE = torch.randn(1, 16, 8, 8, generator=torch.Generator().manual_seed(0))
 def task():
     model, clip, _ = NODES["RectiflowLoadTiny"]().execute()
     cat, dog, empty = (clip.encode_from_tokens_scheduled(clip.tokenize(text)) for text in ("noto cat on white", "noto dog on white", ""))
-    return EditTask(model, cat, dog, empty, PICTURE, torch.linspace(1, 0, 6), seed=3)
+    region = torch.zeros(1, 8, 8)
+    region[:, 2:, 2:] = 1
+    return EditTask(model, cat, dog, empty, PICTURE, torch.linspace(1, 0, 6), 3, region)
 
 
 @pytest.mark.parametrize(("line", "calls", "rows"), [  # 5 steps; way back or edit with its negative prompt: twice the rows
@@ -33,6 +35,8 @@ def task():
     ("flow_edit skip=2 cfg=2", 6, 12),
     ("flow_edit skip=2 cfg=1 cfg_source=1 n_avg=2 refine=1", 9, 9),
     ("uni_edit alpha=0.6", 10, 10),
+    ("kv_edit cfg=2", 15, 20),
+    ("kv_edit cfg=1 start=inversion_free skip=1", 8, 8),
 ])
 def test_every_method_edits_at_the_cost_it_states(task, line, calls, rows):
     (method,) = parse_methods(line, "node")
@@ -75,6 +79,29 @@ def test_edit_compare_hands_out_pictures_captions_and_a_table(task):
     )  # fmt: skip
     assert latents["samples"].shape[0] == pictures.shape[0] == len(labels.splitlines()) == 2
     assert [line.split()[:2] for line in table.splitlines()[1:]] == [["euler", "6"], ["flow_edit", "4"]]
+
+
+class Encoder:
+    """What a CLIP_VISION of the host offers: embeddings of pictures, here their mean colours."""
+
+    def encode_image(self, pixels):
+        return {"image_embeds": pixels.mean((1, 2))}
+
+
+def test_edit_compare_adds_the_columns_that_are_asked_for(task):
+    _, _, vae = NODES["RectiflowLoadTiny"]().execute()
+    picture, region = NODES["RectiflowExamplePicture"]().execute(picture="smiling cat")
+    inputs = {"model": task.model, "vae": vae, "source": task.source, "target": task.target, "negative": task.negative, "seed": 0}
+    inputs |= {"latent": {"samples": vae.encode(picture)}, "sigmas": torch.linspace(1, 0, 3), "mask": region}
+    *_, table = NODES["RectiflowEditCompare"]().execute(**inputs, methods="kv_edit cfg=2", features=True, clip_vision=Encoder())
+    head, line = table.splitlines()
+    assert head.split() == ["method", "calls", "rows", "seconds", "MiB", "PSNR", "SSIM", "MSE", "features", "CLIP", "line"]
+    calls, rows, _, memory, psnr, ssim, mse, features, clip = line.split()[1:10]
+    assert (calls, rows, memory) == ("6", "8", "-")
+    # Outside the mask the latent is the picture's; the codec, and SSIM's window more so, let a little of the inside through.
+    assert float(psnr) > 30 and float(ssim) > 0.85 and float(mse) < 1e-3 and 0 < float(features) < 0.05 and 0.9 < float(clip) <= 1
+    *_, plain = NODES["RectiflowEditCompare"]().execute(**inputs, methods="kv_edit cfg=2")
+    assert plain.splitlines()[1].split()[8:10] == ["-", "-"]
 
 
 @pytest.fixture(scope="module")
