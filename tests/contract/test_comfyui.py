@@ -52,6 +52,8 @@ def both_hosts_agree(graph: dict, comfyui_server, embedded) -> None:
             if kind == "text":  # reports hold seconds
                 continue
             for mine, other in zip(files, there["outputs"][node_id][kind], strict=True):
+                if mine["type"] == other["type"] == "temp":  # previews; what they show is drawn from what is compared
+                    continue
                 compare(path_of(mine, embedded.paths.get_directory_by_type("output")), path_of(other, comfyui_server.folder / "output"))
 
 
