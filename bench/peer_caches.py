@@ -159,9 +159,9 @@ class Diffusers(_OnDiffusers):
                 threshold=threshold, max_skip_steps=longest, num_inference_steps=steps, mag_ratios=self.ratios[steps]
             )
 
-        first = [Setting("FirstBlockCache", f"{t:g}", FirstBlockCacheConfig(t)) for t in (0.05, 0.08, 0.12, 0.16, 0.2, 0.3, 0.4)]
-        taylor = [Setting("TaylorSeerCache", f"{n}", TaylorSeerCacheConfig(n, max_order=1)) for n in (1, 2, 3, 5, 7)]
-        lite = [Setting("TaylorSeerCache lite", f"{n}", TaylorSeerCacheConfig(n, max_order=1, use_lite_mode=True)) for n in (1, 2, 3, 5, 7)]
+        first = [Setting("FirstBlockCache", f"{t:g}", FirstBlockCacheConfig(t)) for t in (0.08, 0.12, 0.16, 0.2, 0.3, 0.4)]
+        taylor = [Setting("TaylorSeerCache", f"{n}", TaylorSeerCacheConfig(n, max_order=1)) for n in (2, 5)]
+        lite = [Setting("TaylorSeerCache lite", f"{n}", TaylorSeerCacheConfig(n, max_order=1, use_lite_mode=True)) for n in (1, 2, 3, 5)]
         ratio = [Setting("MagCache", f"{t:g}, {k}", magnitude(t, k)) for t, k in ((0.06, 3), (0.12, 3), (0.24, 5), (0.5, 5), (1.0, 7))]
         return first + taylor + lite + ratio
 
@@ -192,7 +192,7 @@ class CacheDit(_OnDiffusers):
         found = []
         for taylor in (False, True):
             name = "DBCache F1 W4" + (" Taylor" if taylor else "")
-            for threshold in (0.05, 0.1, 0.15, 0.2, 0.3, 0.5):
+            for threshold in (0.1, 0.15, 0.2, 0.5):
                 options = {"Fn_compute_blocks": 1, "Bn_compute_blocks": 0, "residual_diff_threshold": threshold, "max_warmup_steps": 4}
                 found.append(Setting(name, f"{threshold:g}", (options, taylor)))
         return found

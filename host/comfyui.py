@@ -32,10 +32,11 @@ from comfy.samplers import (
     cfg_function,
     sampler_object,
 )
-from comfy.sd import load_lora_for_models
+from comfy.sd import load_diffusion_model_state_dict, load_lora_for_models
 from comfy.utils import ProgressBar, common_upscale
+from comfy_execution.utils import get_executing_context
 from comfyui_version import __version__ as HOST_VERSION
-from folder_paths import get_input_directory, get_output_directory, get_save_image_path, get_temp_directory
+from folder_paths import get_full_path, get_input_directory, get_output_directory, get_save_image_path, get_temp_directory
 from latent_preview import prepare_callback
 from node_helpers import conditioning_set_values
 
@@ -45,10 +46,17 @@ __all__ = [
     "throw_if_interrupted", "InterruptProcessingException", "common_upscale", "conditioning_set_values", "prepare_callback",
     "get_torch_device", "intermediate_device", "load_models_gpu", "get_save_image_path", "get_output_directory", "get_input_directory",
     "get_temp_directory", "metadata_enabled", "LatentFormat", "ModelSamplingDiscreteFlow", "ModelSamplingFlux", "CONST", "EPS",
-    "SAMPLER_NAMES", "SCHEDULER_NAMES", "build_flux_model", "load_lora_for_models",
+    "SAMPLER_NAMES", "SCHEDULER_NAMES", "build_flux_model", "load_lora_for_models", "running_prompt",
+    "get_full_path", "load_diffusion_model_state_dict",
 ]  # fmt: skip
 
 HOST = "comfyui"
+
+
+def running_prompt() -> str:
+    """The id of the graph run that this thread works for; empty outside of one."""
+    context = get_executing_context()
+    return "" if context is None else context.prompt_id
 
 
 def metadata_enabled() -> bool:

@@ -10,7 +10,9 @@ from .declare import Node
 PALETTES = (
     "tiny", "samplers", "schedules", "inversion", "pictures", "guidance", "steering", "metrics", "compare",
     "editing", "masks", "prediction", "caching", "region", "cache_schedules", "gated_caching", "cache_reports", "pairs", "rope", "training",
-    "attention", "context_drop", "token_tools",
+    "attention", "accelerate", "context_drop",
+    "quantization",
+    "pruning", "token_tools",
 )
 
 

@@ -41,10 +41,14 @@ class RectiflowCacheTimeline(Node):
         Output("STRING", "json", "The same as text for other programs."),
     )
 
+    @classmethod
+    def IS_CHANGED(cls, **inputs):
+        return float("nan")  # as Cache Report
+
     def run(self, report, after):
         from ..accel.cache.timeline import timeline
 
         if report.last is None:
             remedy = "Link the cache node's own model to the sampler, and the sampler's output to 'after'."
             raise input_error(self.TITLE, "report", "a cache that has not run", "the report of a model that was sampled", remedy)
-        return (timeline(report.last), report.json())
+        return (timeline(report.read()), report.json())

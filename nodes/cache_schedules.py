@@ -28,6 +28,9 @@ class RectiflowScheduleRecord(Node):
         integer("tokens", 128, 16, 65536, "Tokens that are recorded of a feature, a fixed random choice. More is slower and needs memory."),
         integer("max_runs", 8, 1, 64, "So many of the latest runs are kept; a search takes the mean of them."),
         text("blocks", "", _BLOCKS, optional=True, advanced=True),
+        integer("probes", 6, 0, 64, "Runs after a recorded one that measure how far an error at a step moves the picture; each takes half "
+            "a run in the mean. 0 for none: then weights of the search cannot be amplified.", optional=True,
+        ),
     )
     OUTPUTS = (
         Output("MODEL", "model", "The same model; sampling it records."),
@@ -35,10 +38,10 @@ class RectiflowScheduleRecord(Node):
     )
     HIDDEN = OWN_REPORT
 
-    def run(self, model, granularity, tokens, max_runs, blocks="", unique_id=None):
+    def run(self, model, granularity, tokens, max_runs, blocks="", probes=6, unique_id=None):
         from ..accel.cache.recording import RecordOptions, recorder
 
-        policy = recorder(model, granularity, blocks, RecordOptions(tokens, max_runs))
+        policy = recorder(model, granularity, blocks, RecordOptions(tokens, max_runs, probes=probes))
         recorded, _ = cached_model(model, policy, granularity, NO_LIMITS, {"blocks": blocks}, self.TITLE)
         return (recorded, policy.recording)
 
@@ -55,8 +58,14 @@ class RectiflowScheduleSearch(Node):
         integer("budget", 0, 0, 1000, "Steps to compute; 0 takes compute_ratio."),
         number("compute_ratio", 0.4, 0.02, 1.0, "Share of the steps to compute. 1 is off; below 0.3 pictures change a lot."),
         integer("order", 1, 0, 4, "Of the forecast: 0 repeats, 1 goes on along a line. Each order needs a schedule of its own."),
-        choice("metric", ("rel_l2", "rel_l1", "cosine"), "How an error is measured. cosine ignores size; it is the choice of DDT."),
-        choice("weights", ("none", "dsigma"), "dsigma: errors count by the length of their step in sigma; for granularity output."),
+        choice("metric", ("rel_l2", "rel_l1", "cosine", "guided"),
+            "How an error is measured. guided: that of the guided velocity, best for pictures. cosine ignores size, as DDT does.",
+            default="guided",
+        ),
+        choice("weights", ("none", "dsigma", "amplified"),
+            "dsigma: errors count by the length of their step in sigma. amplified: also by how far they move the picture; it needs probes.",
+            default="amplified",
+        ),
         integer("max_skips", 0, 0, 1000, "At most so many steps in a row are forecast; 0 for any number.", advanced=True),
         integer("first_steps", 1, 1, 1000, "Steps at the start that are computed in any case.", advanced=True),
         integer("last_steps", 0, 0, 1000, "Steps at the end that are computed in any case.", advanced=True),

@@ -53,11 +53,12 @@ def cached_model(model, policy, granularity: str, limits: tuple, common: dict, w
     from ..accel.cache.schedule import read_schedule
     from ..accel.cache.store import StoreOptions
     from ..accel.cache.visits import CachePlan
+    from ..host import running_prompt
 
     given = {declared.name: declared.options["default"] for declared in COMMON} | common
     dtypes = {"same": None, "fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
     store = StoreOptions(dtypes[given["store_dtype"]], given["store_device"], given["max_mib"] << 20)
-    log = CacheLog()
+    log = CacheLog(running_prompt)
     bounds = Limits(*limits, given["max_consecutive"], given["solver_rule"])
     found = read_schedule(schedule, where) if schedule.strip() else given.get("schedule")
     plan = CachePlan(policy, granularity, bounds, store, given["blocks"], found)
@@ -143,6 +144,10 @@ class RectiflowCacheReport(Node):
         Output("FLOAT", "hit_ratio", "Share of the conditions' evaluations that was forecast, 0 to 1."),
         Output("INT", "full_calls", "Model calls that were made."),
     )
+
+    @classmethod
+    def IS_CHANGED(cls, **inputs):
+        return float("nan")  # read anew in every graph run, which may have taken the sampler's result from an earlier one
 
     def run(self, report, after):
         last = report.read()

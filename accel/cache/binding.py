@@ -7,6 +7,7 @@ Without a Run (training, a direct call of the model) calls pass untouched.
 from __future__ import annotations
 
 import time
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -18,6 +19,7 @@ from ...families.decoupled import decoupled_spec
 from ...families.gated import gated_modules
 from ...families.modulation import modulated_input
 from ...metrics.stopwatch import DeviceClock
+from .amplification import Sampling
 from .module_target import ModuleTarget
 from .report import CacheLog
 from .store import Key
@@ -130,6 +132,7 @@ def _sampling(plan: CachePlan, log: CacheLog, where: str, executor: Any, args: t
     target = make_target(plan, transformer, where)
     clock = DeviceClock(torch.device(patcher.load_device))
     run = Run(plan, target, sigmas.tolist(), clock.device, decoupled_spec(transformer) or arch_spec(transformer), where)
+    run.record.prompt = log.running()
     options = guider.model_options.setdefault("transformer_options", {})
     outer, order = options.get(RUN), options.get("wrappers", {}).get(APPLY)
     options[RUN] = run
@@ -138,7 +141,7 @@ def _sampling(plan: CachePlan, log: CacheLog, where: str, executor: Any, args: t
     clock.synchronise()
     start, finished = time.perf_counter(), False
     try:
-        result = executor(*args, **kwargs)
+        result = run.state.sample(Sampling(executor, args, kwargs, lambda continued: _without_run(options, continued)))
         finished = True
         return result
     finally:
@@ -150,6 +153,15 @@ def _sampling(plan: CachePlan, log: CacheLog, where: str, executor: Any, args: t
             options[RUN] = outer
         if order is not None:
             options["wrappers"][APPLY] = order
+
+
+def _without_run(options: dict, sample: Callable[[], torch.Tensor]) -> torch.Tensor:
+    """A sampling within a run that is none of its own: its model calls pass untouched."""
+    run = options.pop(RUN)
+    try:
+        return sample()
+    finally:
+        options[RUN] = run
 
 
 def _model_call(executor, *args, **kwargs):

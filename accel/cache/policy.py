@@ -25,6 +25,7 @@ if TYPE_CHECKING:
 
     from ...families.arch import ArchSpec
     from ...families.blocks import BlockKey
+    from .amplification import Sampling
     from .store import Key
 
 __all__ = ["Action", "Choice", "Limits", "Observation", "Policy", "Probe", "RunFacts", "RunState", "SOLVER_RULES", "Visit"]
@@ -141,6 +142,10 @@ class RunState:
 
     def observe(self, seen: Observation) -> None:
         """A computed condition, before it is kept."""
+
+    def sample(self, sampling: Sampling) -> torch.Tensor:
+        """Makes the run; a policy that measures a model may watch it, or make others after it."""
+        return sampling.run()
 
     def findings(self) -> dict[str, Any]:
         """Numbers for the report, read when the run ends; plain values that JSON knows."""

@@ -15,6 +15,7 @@ from torch import Tensor
 from ...errors import input_error
 from ...families.arch import arch_spec
 from ...families.decoupled import decoupled_spec
+from .amplification import Sampling, Watched, amplification
 from .policy import Action, Choice, Observation, Policy, RunFacts, RunState, Visit
 from .store import Key
 
@@ -25,20 +26,28 @@ ON_A_STEP = 1e-6
 
 @dataclass(frozen=True)
 class RecordOptions:
-    """tokens: at most so many of a feature are kept, the same of each step. runs: only the latest so many. half: keep float16."""
+    """tokens: at most so many of a feature are kept, the same of each step. runs: only the latest so many. half: keep float16.
+
+    probes: runs that are made after a recorded one to see how far an error at a step moves its result (amplification.py); 0 for none.
+    """
 
     tokens: int = 128
     runs: int = 8
     seed: int = 0
     half: bool = False
+    probes: int = 0
 
 
 @dataclass
 class RecordedRun:
-    """One sampling run. traces: per condition, step → (rows, tokens, channels) on the CPU."""
+    """One sampling run. traces: per condition, step → (rows, tokens, channels) on the CPU; guided: the same of the guided velocity, where
+    the sampler reports its steps; amplification: measured A of some steps.
+    """
 
     sigmas: tuple[float, ...]
     traces: dict[Key, dict[int, Tensor]] = field(default_factory=dict)
+    guided: dict[int, Tensor] = field(default_factory=dict)
+    amplification: dict[int, float] = field(default_factory=dict)
 
     @property
     def steps(self) -> int:
@@ -54,7 +63,7 @@ class RecordedRun:
 
     @property
     def nbytes(self) -> int:
-        return sum(part.nbytes for trace in self.traces.values() for part in trace.values())
+        return sum(part.nbytes for trace in (*self.traces.values(), self.guided) for part in trace.values())
 
 
 class Recording:
@@ -113,6 +122,13 @@ class _Recording(RunState):
     def __init__(self, policy: Recorder, run: RecordedRun):
         super().__init__(policy)
         self.run = run
+
+    def sample(self, sampling: Sampling) -> Tensor:
+        recording, watched = self.policy.recording, Watched(sampling)
+        result = watched.run()
+        self.run.guided = {step: recording.sample([velocity]) for step, velocity in watched.velocities.items()}
+        self.run.amplification = amplification(watched, result, recording.options.probes)
+        return result
 
     def observe(self, seen: Observation) -> None:
         step = round(seen.visit.u)

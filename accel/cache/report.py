@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import json
 from collections import Counter
-from dataclasses import asdict, dataclass, field
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
-__all__ = ["CacheLog", "RunRecord", "VisitRecord"]
+__all__ = ["EARLIER", "CacheLog", "RunRecord", "VisitRecord"]
 
+EARLIER = "an earlier graph run: this one took the sampler's result from the host's cache"
 KEPT_RUNS = 8  # a batch of queued prompts reads its own report each time; older ones are of no use
 
 
@@ -28,7 +30,10 @@ class VisitRecord:
 
 @dataclass
 class RunRecord:
-    """One sampling run. seconds_full and seconds_forecast are inside model calls; bytes are the most that was kept at once."""
+    """One sampling run. seconds_full and seconds_forecast are inside model calls; bytes are the most that was kept at once.
+
+    prompt: the graph run that sampled, "" outside of one.
+    """
 
     policy: str
     target: str
@@ -45,6 +50,7 @@ class RunRecord:
     notes: list[str] = field(default_factory=list)
     finished: bool = False
     findings: dict[str, Any] = field(default_factory=dict)
+    prompt: str = ""
 
     def note(self, text: str) -> None:
         """Add a remark once."""
@@ -89,10 +95,14 @@ class RunRecord:
 
 
 class CacheLog:
-    """The handle that a cache node hands out; sampling adds a record a run. It holds numbers and words, never a tensor."""
+    """The handle that a cache node hands out; sampling adds a record a run. It holds numbers and words, never a tensor.
 
-    def __init__(self) -> None:
+    running: gives the id of the graph run that is under way, "" outside of one; str gives "" always.
+    """
+
+    def __init__(self, running: Callable[[], str] = str) -> None:
         self.runs: list[RunRecord] = []
+        self.running = running
 
     def add(self, record: RunRecord) -> None:
         self.runs.append(record)
@@ -102,6 +112,14 @@ class CacheLog:
     def last(self) -> RunRecord | None:
         return self.runs[-1] if self.runs else None
 
+    def read(self) -> RunRecord | None:
+        """The last run; where the graph run under way took the sampler's result from an earlier one, a copy that says so."""
+        last, prompt = self.last, self.running()
+        if last is None or not prompt or last.prompt in ("", prompt):
+            return last
+        return replace(last, notes=[*last.notes, EARLIER])
+
     def json(self) -> str:
-        """The last run, for other programs."""
-        return json.dumps(None if self.last is None else self.last.as_dict(), ensure_ascii=False)
+        """The last run, for other programs; see read."""
+        last = self.read()
+        return json.dumps(None if last is None else last.as_dict(), ensure_ascii=False)

@@ -5,8 +5,13 @@ The error of step l served from computed steps is that of the engine's own forec
     rel_l1   Σ|F̂ − F| / Σ|F|          rel_l2   ‖F̂ − F‖ / ‖F‖          cosine   1 − mean over tokens of cos(F̂, F)
 
 the largest over a picture's conditions (one schedule serves all of them), the mean over pictures and runs. With weights `dsigma` it
-is multiplied by |σ_{l+1} − σ_l|, the length of the step that uses it: for the velocity itself the sum then bounds the change of the final
-latent to first order. `cosine` with order 0 is the sharing schedule of DDT, arXiv 2504.05741.
+is multiplied by |σ_{l+1} − σ_l|, the length of the step that uses it. `cosine` with order 0 is the sharing schedule of DDT, arXiv
+2504.05741. What we do differently by default:
+
+    guided        ‖v̂ − v‖ of the guided velocity, whatever the cache keeps: guidance adds the conditions' errors up with signs, and an
+                  absolute error counts alike wherever the velocity is small or large
+    amplified     weights |σ_{l+1} − σ_l|·A_l with A_l measured (amplification.py): the sum is then, to first order, a bound of the change
+                  of the final latent itself
 
 Errors are those along the uncached run. A cached run leaves that path, so a searched cost is an estimate; bench/schedules.py measures what
 it is worth on other prompts.
@@ -21,15 +26,16 @@ import torch
 from torch import Tensor
 
 from ...errors import input_error
+from .amplification import interpolated
 from .forecast import Ladder
-from .recording import Recording
+from .recording import RecordedRun, Recording
 from .schedule import CacheSchedule
 from .search import Plan, best_forecast_plans, best_reuse_plans, even_steps, forbid, gap_costs, improve, plan_cost
 
 __all__ = ["METRICS", "ForecastCosts", "SearchOptions", "SearchResult", "search_schedule"]
 
-METRICS = ("rel_l1", "rel_l2", "cosine")
-WEIGHTS = ("none", "dsigma")
+METRICS = ("rel_l1", "rel_l2", "cosine", "guided")
+WEIGHTS = ("none", "dsigma", "amplified")
 MOST_STEPS = 200  # tables of lines hold steps³ numbers, and the work grows as steps³·budget
 
 
@@ -71,6 +77,8 @@ def error_of(predicted: Tensor, exact: Tensor, metric: str) -> Tensor:
     if metric == "cosine":
         return 1 - torch.nn.functional.cosine_similarity(predicted, exact, dim=-1).mean(-1)
     wrong, norm = (predicted - exact).flatten(-2), exact.flatten(-2)
+    if metric == "guided":
+        return wrong.norm(dim=-1) / norm.shape[-1] ** 0.5
     power = 1 if metric == "rel_l1" else 2
     scale = norm.norm(power, dim=-1)
     return wrong.norm(power, dim=-1) / scale.clamp_min(torch.finfo(scale.dtype).tiny)
@@ -154,11 +162,8 @@ def search_schedule(recording: Recording, options: SearchOptions, where: str) ->
     sigmas = runs[-1].sigmas
     steps = len(sigmas) - 1
     _check(options, steps, where)
-    pictures = list(_pictures(runs))
-    weights = torch.ones(steps, dtype=torch.float64)
-    if options.weights == "dsigma":
-        weights = torch.tensor(sigmas, dtype=torch.float64).diff().abs()
-        weights = weights / weights.mean()
+    pictures = list(_guided(runs, where) if options.metric == "guided" else _pictures(runs))
+    weights = _weights(runs, sigmas, options.weights, where)
     positions = [float(step) for step in range(steps)] if options.axis == "step" else list(sigmas[:-1])
     costs = ForecastCosts(pictures, positions, options, weights)
     forced = options.forced(steps)
@@ -208,6 +213,33 @@ def _check(options: SearchOptions, steps: int, where: str) -> None:
     for name, value, allowed in (("metric", options.metric, METRICS), ("weights", options.weights, WEIGHTS)):
         if value not in allowed:
             raise input_error(where, name, value, ", ".join(allowed), "Choose one of these.")
+
+
+def _weights(runs: Sequence[RecordedRun], sigmas: Sequence[float], kind: str, where: str) -> Tensor:
+    """(T,) with mean 1."""
+    steps = len(sigmas) - 1
+    weights = torch.ones(steps, dtype=torch.float64)
+    if kind != "none":
+        weights = torch.tensor(sigmas, dtype=torch.float64).diff().abs()
+    if kind == "amplified":
+        measured = [interpolated(run.amplification, steps) for run in runs if run.amplification]
+        if not measured:
+            remedy = "Set probes on Schedule Record, or weights to dsigma."
+            allowed = "a recording of a whole picture with probes, on falling sigmas and without a mask"
+            raise input_error(where, "weights", "amplified, for a recording without probes", allowed, remedy)
+        weights = weights * torch.tensor(measured, dtype=torch.float64).mean(0)
+    return weights / weights.mean()
+
+
+def _guided(runs: Sequence[RecordedRun], where: str) -> Iterator[list[Tensor]]:
+    """The guided velocity of each picture."""
+    for run in runs:
+        if len(run.guided) != run.steps:
+            got = f"guided, with {len(run.guided)} of {run.steps} steps reported by the sampler"
+            raise input_error(where, "metric", got, "a sampler that reports every step", "Record with Euler, or set metric to rel_l2.")
+        trace = torch.stack([run.guided[step] for step in range(run.steps)])  # (T, rows, tokens, channels)
+        for row in range(trace.shape[1]):
+            yield [trace[:, row]]
 
 
 def _pictures(runs) -> Iterator[list[Tensor]]:

@@ -6,6 +6,8 @@ from typing import TYPE_CHECKING
 
 import torch
 
+from .report import EARLIER
+
 if TYPE_CHECKING:
     from .report import RunRecord
 
@@ -28,7 +30,8 @@ def timeline(record: RunRecord) -> torch.Tensor:
     height = TOP + ROW * (parts + 2) + 20 * (len(reasons) + 1) + 24
     image = Image.new("RGB", (width, height), PAPER)
     draw, font = ImageDraw.Draw(image), ImageFont.load_default(13)
-    draw.text((12, 10), f"{record.policy}, {record.target}: {record.full_visits} of {len(visits)} visits full", INK, font)
+    when = " (an earlier graph run)" if EARLIER in record.notes else ""
+    draw.text((12, 10), f"{record.policy}, {record.target}: {record.full_visits} of {len(visits)} visits full{when}", INK, font)
     for row, name in enumerate(("visit", *(f"condition {i + 1}" for i in range(parts)), "reason")):
         draw.text((LEFT - 8, TOP + ROW * row + BOX // 2), name, INK, font, anchor="rm")
     for column, visit in enumerate(visits):

@@ -256,8 +256,10 @@ class ModelPatcher(PatcherOptions):
         with self.use_ejected():
             for name, layer in self.model.named_modules():
                 self._set_weight_functions(name, layer)
+            present = self.model.state_dict().keys() if self.patches else ()
             for key in self.patches:
-                self.patch_weight_to_device(key, device_to=device_to)
+                if key in present:  # not a weight of a block that an object patch has taken out
+                    self.patch_weight_to_device(key, device_to=device_to)
             if device_to is not None:
                 self.model.to(device_to)
                 self.model.device = device_to

@@ -7,7 +7,8 @@ from typing import Any
 import torch
 
 from .context import current_host
-from .folder_paths import get_input_directory, get_output_directory, get_save_image_path, get_temp_directory
+from .execution.progress import get_executing_context
+from .folder_paths import get_full_path, get_input_directory, get_output_directory, get_save_image_path, get_temp_directory
 from .latent_formats import LatentFormat
 from .latent_preview import prepare_callback
 from .lora_files import load_lora_for_models
@@ -42,11 +43,18 @@ __all__ = [
     "throw_if_interrupted", "InterruptProcessingException", "common_upscale", "conditioning_set_values", "prepare_callback",
     "get_torch_device", "intermediate_device", "load_models_gpu", "get_save_image_path", "get_output_directory", "get_input_directory",
     "get_temp_directory", "metadata_enabled", "LatentFormat", "ModelSamplingDiscreteFlow", "ModelSamplingFlux", "CONST", "EPS",
-    "SAMPLER_NAMES", "SCHEDULER_NAMES", "build_flux_model", "load_lora_for_models",
+    "SAMPLER_NAMES", "SCHEDULER_NAMES", "build_flux_model", "load_lora_for_models", "running_prompt",
+    "get_full_path", "load_diffusion_model_state_dict",
 ]  # fmt: skip
 
 HOST = "embedded"
 HOST_VERSION = "0.3.64"  # the ComfyUI whose interface this host offers
+
+
+def running_prompt() -> str:
+    """The id of the graph run that this thread works for; empty outside of one."""
+    context = get_executing_context()
+    return "" if context is None else context.prompt_id
 
 
 def metadata_enabled() -> bool:
@@ -71,3 +79,10 @@ def build_flux_model(
     from . import sd
 
     return sd.build_flux_model(state_dict, sizes, latent_format, dtype=dtype)
+
+
+def load_diffusion_model_state_dict(sd: dict[str, torch.Tensor], model_options: dict[str, Any] | None = None) -> ModelPatcher | None:
+    """MODEL from a state dict, with or without a checkpoint's prefix; None where it holds no transformer that this host knows."""
+    from . import sd as loaders
+
+    return loaders.load_diffusion_model_state_dict(sd, model_options)

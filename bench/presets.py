@@ -1,0 +1,99 @@
+"""Measure and write a preset of Accelerate: `python bench/presets.py [--steps 28] [--pictures 8]`. Writes accel/cache/presets/flux.json and
+bench/results/presets.csv.
+
+Schedules are found on four prompts of the tiny model, whose blocks are those of Flux, for each target, order and budget; each is used on
+held-out prompts and seeds. A preset keeps, of every target and budget, the order with the highest mean PSNR. `--other-steps` then spreads
+each kept point over runs of other lengths, beside even steps of the same number and order.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+
+import torch
+from rectiflow.accel.cache.binding import attach
+from rectiflow.accel.cache.policy import Limits
+from rectiflow.accel.cache.preset import FOLDER
+from rectiflow.accel.cache.report import CacheLog
+from rectiflow.accel.cache.schedule import CacheSchedule
+from rectiflow.accel.cache.schedule_search import SearchOptions, search_schedule
+from rectiflow.accel.cache.scheduled import ScheduledCache
+from rectiflow.accel.cache.search import even_steps
+from rectiflow.accel.cache.spread import SpreadCache, SpreadSchedule, budget_of
+from rectiflow.accel.cache.visits import CachePlan
+from schedules import HELD_OUT, LEARN, Bench
+from table import write_csv
+
+RATIOS = (1.33, 1.5, 1.75, 2.0, 2.5, 3.0, 4.0)
+HEADER = [
+    "steps", "searched_on", "target", "order", "plan", "calls", "of", "psnr_mean", "psnr_worst", "latent_error_mean", "latent_error_worst",
+    "open_loop", "kept",
+]  # fmt: skip
+
+
+def kept_points(bench: Bench, plain: torch.Tensor, prompts, steps: int, target: str, add) -> list[dict]:
+    recording, found = bench.record(target, steps), []
+    for ratio in RATIOS:
+        budget, tried = budget_of(ratio, steps), []
+        for order in (0, 1):
+            schedule = search_schedule(recording, SearchOptions(budget, order), "bench").schedule
+            figures = bench.figures(CachePlan(ScheduledCache.of(schedule), target, schedule=schedule), plain, prompts, steps)
+            tried.append((float(figures[2]), order, schedule, figures))
+        best = max(tried, key=lambda one: one[0])
+        for one in tried:
+            add(steps, steps, target, one[1], "searched", *one[3], f"{one[2].cost:.4f}", int(one is best))
+        _, order, schedule, figures = best
+        found.append({
+            "ratio": round(steps / budget, 3), "psnr": float(figures[2]), "psnr_worst": float(figures[3]), "policy": "schedule",
+            "target": target, "settings": {"order": order}, "shares": [round(step / steps, 5) for step in schedule.computed],
+        })  # fmt: skip
+    return found
+
+
+def spread_over(bench: Bench, points: list[dict], prompts, made_for: int, steps: int, add) -> None:
+    """Points of a preset on runs of `steps`, beside even ones."""
+    plain = bench.sample(bench.model, prompts, 1, steps)
+    for point in points:
+        order, speed, target = point["settings"]["order"], point["ratio"], point["target"]
+        schedule = SpreadSchedule(tuple(point["shares"]), speed, made_for)
+        plan = CachePlan(SpreadCache(order, speed=speed), target, Limits(), schedule=schedule)
+        add(steps, made_for, target, order, "spread", *bench.figures(plan, plain, prompts, steps), "", "")
+        log = CacheLog()
+        bench.sample(attach(bench.model, CachePlan(SpreadCache(), "output"), log, "bench"), prompts[:1], 1, steps)
+        sigmas = tuple(visit.sigma for visit in log.last.visits) + (0.0,)
+        even = CacheSchedule(sigmas, even_steps(steps, budget_of(speed, steps)), order)
+        plan = CachePlan(ScheduledCache.of(even), target, schedule=even)
+        add(steps, "", target, order, "even", *bench.figures(plan, plain, prompts, steps), "", "")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--steps", type=int, default=28)
+    parser.add_argument("--pictures", type=int, default=len(HELD_OUT), help="held-out prompts, at most all")
+    parser.add_argument("--other-steps", type=int, nargs="*", default=[12, 50])
+    arguments = parser.parse_args()
+    prompts, steps = HELD_OUT[: arguments.pictures], arguments.steps
+    bench, rows = Bench(), []
+
+    def add(*values) -> None:
+        rows.append(list(values))
+        print("  ".join(f"{name} {value}" for name, value in zip(HEADER, rows[-1])), flush=True)
+
+    plain = bench.sample(bench.model, prompts, 1, steps)
+    points = [point for target in ("last_block", "output") for point in kept_points(bench, plain, prompts, steps, target, add)]
+    measured_on = (
+        f"Rectiflow Tiny (Flux layout, 64 × 64 pixels), Euler, simple schedule, {steps} steps, guidance 3: searched on {len(LEARN)} prompts, "
+        f"measured on {len(prompts)} others"
+    )
+    preset = {"rectiflow_preset": 1, "family": "Flux", "measured_on": measured_on, "steps": steps}
+    lines = ",\n".join("    " + json.dumps(point) for point in points)
+    head = json.dumps(preset, ensure_ascii=False, indent=2).removesuffix("\n}")
+    (FOLDER / "flux.json").write_text(f'{head},\n  "points": [\n{lines}\n  ]\n}}\n', encoding="utf-8")
+    for other in arguments.other_steps:
+        spread_over(bench, [point for point in points if point["target"] == "last_block"][1::2], prompts, steps, other, add)
+    write_csv("presets", HEADER, rows)
+
+
+if __name__ == "__main__":
+    main()
