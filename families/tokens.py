@@ -18,7 +18,7 @@ from ..errors import input_error
 from .arch import arch_spec
 from .blocks import BlockKey
 
-__all__ = ["SUPPORTED", "TokenSpec", "token_spec"]
+__all__ = ["SUPPORTED", "TokenSpec", "attention_spec", "token_spec"]
 
 SUPPORTED = "Flux, Chroma, SD3, Lumina 2 (NextDiT), Qwen-Image, Wan"
 _CONTROL = MappingProxyType({
@@ -36,7 +36,8 @@ class TokenSpec:
     patch: latent cells of a token along each of the last axes of a latent; axes before them have one token a cell.
     blocks: keys of the blocks in running order; empty where only the embedder and the end can be reached.
     layers: attentions over image tokens in one forward. kv_repeat: equal heads that keys and values come in.
-    text_inside: whether text stands before the image in those attentions. control: residual list → kind of block it follows.
+    text_inside: whether text stands beside the image in those attentions; text_last: behind it. control: residual list → kind of block
+    it follows.
     """
 
     family: str
@@ -46,6 +47,7 @@ class TokenSpec:
     kv_repeat: int = 1
     text_inside: bool = True
     control: Mapping[str, str] = field(default_factory=dict)
+    text_last: bool = False
 
 
 def _patch(transformer: Any) -> tuple[int, ...]:
@@ -55,6 +57,17 @@ def _patch(transformer: Any) -> tuple[int, ...]:
 
 def _refused(where: str, got: str, reason: str) -> Exception:
     return input_error(where, "model", got, f"{SUPPORTED}; {reason}", "Use one of these, or a cache node, which works with every model.")
+
+
+def attention_spec(transformer: Any, where: str) -> TokenSpec:
+    """The spec for nodes that change attention over all tokens: the families of `token_spec`, and HunyuanVideo.
+
+    Raises: NodeInputError for a family whose attention is not known.
+    """
+    arch = arch_spec(transformer)
+    if arch is not None and arch.family == "HunyuanVideo":
+        return TokenSpec(arch.family, _patch(transformer), arch.blocks, len(arch.blocks), text_last=True)
+    return token_spec(transformer, where)
 
 
 def token_spec(transformer: Any, where: str) -> TokenSpec:
@@ -72,10 +85,12 @@ def token_spec(transformer: Any, where: str) -> TokenSpec:
         raise _refused(where, name, "the blocks of this model have no patches")
     if arch.family not in ("Flux", "SD3", "Qwen-Image", "Wan"):
         raise _refused(where, f"{name} ({arch.family})", "this family ties its modulation or masks to the full number of tokens")
+    if not hasattr(transformer, "patch_size"):
+        raise _refused(where, name, "the tokens of this model are points, not a picture's grid")
     if any(hasattr(transformer, part) for part in _FULL_LENGTH_PARTS):
         raise _refused(where, name, "this variant adds full-length tokens between its blocks")
     twice = len(getattr(transformer, "x_block_self_attn_layers", None) or ())
     if arch.family == "SD3" and not twice:
-        twice = sum(bool(getattr(block.x_block, "x_block_self_attn", False)) for block in transformer.joint_blocks)
+        twice = sum(bool(getattr(getattr(block, "x_block", None), "x_block_self_attn", False)) for block in transformer.joint_blocks)
     control = _CONTROL.get(arch.family, {})
     return TokenSpec(arch.family, _patch(transformer), arch.blocks, len(arch.blocks) + twice, 1, arch.carries_text, control)

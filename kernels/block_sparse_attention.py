@@ -88,7 +88,7 @@ class BlockLayout:
         return torch.stack([torch.cat([self.blocks[i] for i in row]) for row in rows])
 
 
-def _four_axes(bias: torch.Tensor | None) -> torch.Tensor | None:
+def four_axes(bias: torch.Tensor | None) -> torch.Tensor | None:
     """A mask as hosts give it, (q, k), (b, q, k) or (b, h, q, k), bool or added to scores, as (b, h, q, k)."""
     if bias is None or bias.ndim == 4:
         return bias
@@ -98,7 +98,7 @@ def _four_axes(bias: torch.Tensor | None) -> torch.Tensor | None:
 def reference(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, layout: BlockLayout, bias: torch.Tensor | None = None) -> torch.Tensor:
     """Dense attention under the mask, (b, h, n, d); memory grows with n²."""
     allowed = layout.mask().to(q.device)
-    bias = _four_axes(bias)
+    bias = four_axes(bias)
     if bias is None:
         mask = allowed
     elif bias.dtype == torch.bool:
@@ -132,7 +132,7 @@ def torch_path(
 ):  # fmt: skip
     """(b, h, n, d), and with `with_lse` the fp32 logarithm of each query's sum of exponentials (b, h, n) too."""
     batch, heads, tokens, width = q.shape
-    bias = _four_axes(bias)
+    bias = four_axes(bias)
     q, k, v = (x.flatten(0, 1) for x in (q, k, v))  # (b·h, n, d)
     out, lse = torch.empty_like(q), q.new_empty(q.shape[:2], dtype=torch.float32) if with_lse else None
     for members, rows in layout.classes:
@@ -176,7 +176,7 @@ def block_sparse_attention(
     if backend == "triton" or backend == "auto" and q.is_cuda:
         from . import block_sparse_triton as kernel
 
-        bias = _four_axes(bias)
+        bias = four_axes(bias)
         reason = kernel.unfit(q, bias)
         if not reason:
             return kernel.launch(q, k, v, layout, bias, with_lse)

@@ -7,7 +7,8 @@ of that block's options and calls the original. Else the call passes untouched, 
 An override that was there before is kept: it gets what no handler takes, and what a handler asks of the default. One that changes tensors
 and then calls on, such as RF-Edit's, says so by the attribute `rectiflow_passes_on` and stands before the handlers.
 
-NextDiT has no block patches: its attentions are counted within a call, the refiners' first.
+NextDiT has no block patches: its attentions are counted within a call, the refiners' first. HunyuanVideo has text behind the image, and
+tokens of a reference picture in front. A call over part of the tokens (RAS between its dense steps) passes untouched.
 """
 
 from __future__ import annotations
@@ -20,7 +21,8 @@ from typing import Any, Protocol
 import torch
 
 from ...families.blocks import BlockKey
-from ...families.tokens import TokenSpec, token_spec
+from ...families.tokens import TokenSpec, attention_spec
+from ..region.binding import RUN as REGION_RUN
 from ..region.grid import TokenGrid
 
 __all__ = ["AttentionCall", "Handler", "Plan", "RunFacts", "attach", "detach"]
@@ -45,10 +47,11 @@ class RunFacts:
 
 @dataclass
 class AttentionCall:
-    """One attention over image tokens, with text before them where the family joins the two.
+    """One attention over image tokens, with text before or behind them where the family joins the two.
 
-    q, k, v: (b, h, n, d), n = text + image + extra tokens, extra being those of reference pictures. sides: the image's tokens along each
-    axis. layer, place: the block, and which of its attentions this is. keys: (uuid, kind) of each part of the batch.
+    q, k, v: (b, h, n, d), n = text + image + extra tokens: text being those in front of the image, extra those behind it, of reference
+    pictures; in HunyuanVideo the other way round. sides: the image's tokens along each axis. layer, place: the block, and which of its
+    attentions this is. keys: (uuid, kind) of each part of the batch; window: frames of a context window, or None.
     """
 
     q: torch.Tensor
@@ -63,6 +66,7 @@ class AttentionCall:
     sigma: float
     keys: tuple[tuple[Any, int], ...]
     default: Callable[..., torch.Tensor]  # default(q, k, v, mask) → (b, h, n, d), what would have run
+    window: tuple[int, ...] | None = None
 
 
 class Handler(Protocol):
@@ -97,7 +101,7 @@ class _Run:
 
 @dataclass
 class _Layer:
-    """A block while it runs. text: tokens before the image in its attention; None where they are counted from the length."""
+    """A block while it runs. text: tokens in front of the image in its attention; None where they are counted from the length."""
 
     key: BlockKey
     text: int | None
@@ -109,7 +113,7 @@ def attach(model: Any, plan: Plan, where: str) -> Any:
 
     Raises: NodeInputError for a family whose attention is not known here.
     """
-    token_spec(model.get_model_object("diffusion_model"), where)
+    attention_spec(model.get_model_object("diffusion_model"), where)
     patched = model.clone()
 
     def around_run(executor, *args, **kwargs):
@@ -133,7 +137,7 @@ def _sampling(plan: Plan, where: str, executor: Any, args: tuple, kwargs: dict) 
     guider = executor.class_obj
     patcher = guider.model_patcher
     transformer = patcher.get_model_object("diffusion_model")
-    spec = token_spec(transformer, where)
+    spec = attention_spec(transformer, where)
     noise = kwargs["noise"] if "noise" in kwargs else args[0]
     sigmas = kwargs["sigmas"] if "sigmas" in kwargs else args[3]
     facts = RunFacts(tuple(sigmas.tolist()), tuple(noise.shape), spec, transformer, torch.device(patcher.load_device))
@@ -161,7 +165,8 @@ def _model_call(executor, *args, **kwargs):
         place = next((i for i in range(len(args) - 1, -1, -1) if isinstance(args[i], dict)), None)
         options = {} if place is None else args[place]
     run: _Run | None = options.get(RUN)
-    if run is None or run.inside:
+    region = options.get(REGION_RUN)
+    if run is None or run.inside or region is not None and region.phase == "active":
         return executor(*args, **kwargs)
     sigma = float(args[1].flatten()[0])
     handlers = [handler for handler in run.handlers if handler.active(sigma)]
@@ -202,7 +207,8 @@ class _Call:
     def _tagging(self, key: BlockKey, earlier: Callable | None) -> Callable:
         def block(args: dict, extra: dict, **more) -> dict:
             if args.get("txt") is not None and self.run.spec.text_inside:
-                self.text = args["txt"].shape[1]
+                last = self.run.spec.text_last
+                self.text = args["img"].shape[1] - self.image if last else args["txt"].shape[1]
             tagged = {**(args.get("transformer_options") or {}), TAG: _Layer(key, self.text)}
             args = {**args, "transformer_options": tagged}
             return extra["original_block"](args) if earlier is None else earlier(args, extra, **more)
@@ -234,15 +240,14 @@ class _Call:
             return backend(*args, **kwargs)
         place, layer.calls = layer.calls, layer.calls + 1
         q, k, v, *rest = args
-        split = not kwargs.get("skip_reshape")
-        tokens = q.shape[1] if split else q.shape[2]
+        mask = kwargs.get("mask", rest[1] if len(rest) > 1 else None)
+        if not kwargs.get("skip_reshape"):  # ComfyUI's SD3 gives queries (b, n, h·d), keys and values (b, n, h, d)
+            q, k, v = (x.reshape(*x.shape[:2], heads, -1).transpose(1, 2) for x in (q, k, v))
+        tokens = q.shape[2]
         text = 0 if place else tokens - self.image if layer.text is None else layer.text
         extra = tokens - text - self.image
         if not q.shape == k.shape == v.shape or text < 0 or extra < 0 or place and not self.run.spec.text_inside:
             return backend(*args, **kwargs)
-        mask = kwargs.get("mask", rest[1] if len(rest) > 1 else None)
-        if split:
-            q, k, v = (x.unflatten(-1, (heads, -1)).transpose(1, 2) for x in (q, k, v))
 
         def default(q, k, v, mask=mask):
             ours = ("heads", "mask", "skip_reshape", "skip_output_reshape")
@@ -251,7 +256,9 @@ class _Call:
             return out.unflatten(-1, (heads, -1)).transpose(1, 2)
 
         keys = tuple(zip(self.given.get("uuids") or (None,), self.given.get("cond_or_uncond") or (0,)))
-        call = AttentionCall(q, k, v, mask, text, self.grid.sides, extra, layer.key, place, self.sigma, keys, default)
+        window = getattr(self.given.get("context_window"), "index_list", None)
+        window = None if window is None else tuple(window)
+        call = AttentionCall(q, k, v, mask, text, self.grid.sides, extra, layer.key, place, self.sigma, keys, default, window)
         for handler in self.handlers:
             out = handler.attend(call)
             if out is not None:

@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import pytest
 import torch
+import torch.nn.functional as F
+from rectiflow.accel.attention.break_even import seconds
 from rectiflow.accel.attention.dispatch import RUN, detach
 from rectiflow.accel.attention.grouped import AttentionLog, GroupedAttention, GroupRule, attach_grouped, break_even, group_layout, key_map
 from rectiflow.errors import NodeInputError
-from rectiflow.tests.accel.region_toys import FAMILIES, noise, sample, toy
+from rectiflow.kernels.block_sparse_attention import block_sparse_attention
+from rectiflow.tests.accel.region_toys import FAMILIES, noise, sample, toy, with_ras
 
 WHERE = "Grouped Attention"
 SIZE = (14, 20)  # 7 × 10 tokens; SD3's toy has positions for 10
@@ -81,6 +84,26 @@ def test_conditions_joined_or_apart_and_batches_agree(family):
         torch.testing.assert_close(both[i : i + 1], sample(patched, z[i : i + 1], steps=2, tokens=(5, 8)), atol=1e-4, rtol=1e-4)
 
 
+def test_text_queries_are_dense_exactly():
+    """Done 4: text sees every token, so its rows are those of dense attention; fp32 sums in another order."""
+    layout = group_layout((7, 10), GroupRule("block", (1, 2, 3), 0), 5)
+    q, k, v = (torch.randn(2, 3, 75, 16, generator=torch.Generator().manual_seed(i)) for i in range(3))
+    out, dense = block_sparse_attention(q, k, v, layout), F.scaled_dot_product_attention(q, k, v)
+    torch.testing.assert_close(out[:, :, :5], dense[:, :, :5], atol=1e-6, rtol=0)
+    assert float((out - dense)[:, :, 5:].abs().max()) > 1e-2
+
+
+def test_grouped_time_is_a_third_of_dense():
+    """Done 6: 128 × 128 tokens in groups of 16, two heads of 64: at most 0.35 of the dense time, the best of three rounds of both in turn."""
+    layout = group_layout((128, 128), GroupRule("block"))
+    q, k, v = (torch.randn(1, 2, 128 * 128, 64, generator=torch.Generator().manual_seed(i)) for i in range(3))
+    assert layout.share < 0.14
+    with torch.inference_mode():
+        rounds = [(seconds(block_sparse_attention, q, k, v, layout, rounds=1), seconds(F.scaled_dot_product_attention, q, k, v, rounds=1))
+                  for _ in range(3)]  # fmt: skip
+    assert min(ours / dense for ours, dense in rounds) <= 0.35
+
+
 def test_error_falls_with_the_radius():
     model = toy("flux")
     errors = []
@@ -136,6 +159,23 @@ def test_an_earlier_override_is_kept(passes_on):
     patched, log = grouped(model, blocks="double")
     sample(patched, noise(1, SIZE), steps=1)
     assert log.sparse == 2 and len(seen) == (4 if passes_on else 2)
+
+
+@pytest.mark.parametrize("family, attentions", [("flux", 4), ("sd3", 5), ("lumina2", 4)])
+@pytest.mark.parametrize("kv", ["full", "none"])
+def test_ras_beside_groups(family, attentions, kv):
+    """RAS's dense steps are grouped and its partial ones are RAS's alone: 4 of 8 steps each; groups that see all change no bit of RAS."""
+    model, ras = with_ras(toy(family), kv=kv, start=2, resets=(4, 6))
+    z = noise(2, SIZE)
+    plain = sample(model, z)
+    partial = sum(visit.phase == "active" for visit in ras.visits)
+    assert 0 < partial < 8
+    patched, log = grouped(model)
+    out = sample(patched, z)
+    assert log.sparse == (8 - partial) * attentions and log.dense == 0
+    assert out.isfinite().all() and not torch.equal(out, plain)
+    off, _ = grouped(model, radius=10)
+    assert torch.equal(sample(off, z), plain)
 
 
 def test_detached_is_untouched():

@@ -14,7 +14,7 @@ pytestmark = pytest.mark.comfyui
 
 ROOT = Path(__file__).resolve().parents[2]
 # Attentions of a forward at the toys' depths, and image tokens with the text's: SD3's first block attends twice.
-DROPPING = {"Flux": 4, "Chroma": 4, "SD3": 3, "Lumina 2": 2, "Qwen-Image": 2, "Wan": 2}
+DROPPING = {"Flux": 4, "Chroma": 4, "SD3": 3, "Lumina 2": 2, "Qwen-Image": 2, "Wan": 2, "HunyuanVideo": 4}
 
 
 @pytest.fixture(scope="module")

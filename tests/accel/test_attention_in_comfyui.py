@@ -1,0 +1,53 @@
+"""Attention nodes inside a real ComfyUI on its own classes: each family under groups equals the same groups written as a mask of pairs."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+pytestmark = pytest.mark.comfyui
+
+ROOT = Path(__file__).resolve().parents[2]
+STEPS = 4
+ATTENTIONS = {"Flux": 4, "Chroma": 4, "SD3": 3, "Lumina 2": 2, "Qwen-Image": 2, "Wan": 2, "HunyuanVideo": 4}
+EQUAL = 2e-5  # fp32 sums in another order, through every layer and four steps of pictures of size 1 to 10
+
+
+@pytest.fixture(scope="module")
+def answers():
+    checkout, python = os.environ["COMFYUI_PATH"], os.environ.get("COMFYUI_PYTHON", sys.executable)
+    paths = [os.environ.get("PYTHONPATH", ""), checkout]
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(path for path in paths if path)}
+    command = [python, str(ROOT / "tests" / "accel" / "comfyui_attention.py"), str(ROOT)]
+    done = subprocess.run(command, env=environment, cwd=checkout, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr[-4000:]
+    return json.loads(done.stdout.strip().splitlines()[-1])
+
+
+@pytest.mark.parametrize("family", ATTENTIONS)
+def test_groups_equal_their_mask(answers, family):
+    found = answers[family]
+    assert found["finite"] and found["error"] < EQUAL < 0.1 < found["moved"]
+    assert found["sparse"] == ATTENTIONS[family] * STEPS and found["dense"] == 0
+
+
+@pytest.mark.parametrize("family", ATTENTIONS)
+def test_groups_that_see_all_are_bit_identical(answers, family):
+    assert answers[family]["same_off"]
+
+
+@pytest.mark.parametrize("family", ATTENTIONS)
+def test_rettention_of_period_one_is_exact_and_its_correction_helps(answers, family):
+    found = answers[family]
+    assert found["rettention_exact"] == 0.0
+    assert 0.0 < found["rettention_error"] < found["bare_error"]
+
+
+@pytest.mark.parametrize("family", ["LTX-Video", "Mochi", "AuraFlow"])
+def test_other_families_are_refused_by_name(answers, family):
+    assert family in answers[family]["refused"] and "Flux" in answers[family]["refused"]
