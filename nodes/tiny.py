@@ -7,6 +7,24 @@ from .declare import Node, Output, integer, socket
 MAX_RESOLUTION = 16384
 
 
+def tiny_latent(codec):
+    """The latent format of the tiny model, for a host's model around its transformer."""
+    from ..host import LatentFormat
+    from ..tiny.codec import CELL
+
+    factors, offsets = codec.preview_factors()
+
+    class TinyLatent(LatentFormat):
+        """The codec's output is the model's own space: nothing is shifted or scaled."""
+
+        latent_channels = codec.basis.shape[1]
+        spacial_downscale_ratio = CELL
+        latent_rgb_factors = factors
+        latent_rgb_factors_bias = offsets
+
+    return TinyLatent()
+
+
 class RectiflowLoadTiny(Node):
     """Loads the small trained model that ships with Rectiflow: 64×64 pictures of 125 things from prompts like "noto cat on blue"."""
 
@@ -23,9 +41,9 @@ class RectiflowLoadTiny(Node):
     def run(self):
         import torch
 
-        from ..host import LatentFormat, ModelPatcher, build_flux_model, intermediate_device, load_models_gpu
+        from ..host import ModelPatcher, build_flux_model, intermediate_device, load_models_gpu
         from ..tiny.clip import TinyCLIP, TinyTextEncoder
-        from ..tiny.codec import CELL, LinearCodec
+        from ..tiny.codec import LinearCodec
         from ..tiny.placement import Placement
         from ..tiny.text import Vocabulary
         from ..tiny.vae import TinyVAE
@@ -33,15 +51,6 @@ class RectiflowLoadTiny(Node):
 
         weights = load_weights()
         codec = LinearCodec(weights.codec_basis, weights.codec_scale, weights.codec_mean)
-        factors, offsets = codec.preview_factors()
-
-        class TinyLatent(LatentFormat):
-            """The codec's output is the model's own space: nothing is shifted or scaled."""
-
-            latent_channels = codec.basis.shape[1]
-            spacial_downscale_ratio = CELL
-            latent_rgb_factors = factors
-            latent_rgb_factors_bias = offsets
 
         def placed(module) -> Placement:
             patcher = ModelPatcher(module, load_device=codec.basis.device, offload_device=codec.basis.device)
@@ -49,7 +58,7 @@ class RectiflowLoadTiny(Node):
 
         encoder = TinyTextEncoder(weights.text_embedding, weights.style_embedding)
         with torch.inference_mode(False):  # graphs run in inference mode, whose weights no later node could train
-            model = build_flux_model(weights.transformer, FLUX_SIZES, TinyLatent())
+            model = build_flux_model(weights.transformer, FLUX_SIZES, tiny_latent(codec))
         return (model, TinyCLIP(encoder, Vocabulary.load(), placed(encoder)), TinyVAE(codec, placed(codec)))
 
 

@@ -2,11 +2,13 @@
 
     Y = X Wᵀ = (X R)(W R)ᵀ          R orthogonal
 
-A weight takes its rotation once; what is left to do at run time is X R. Three kinds:
+A weight takes its rotation once; what is left to do at run time is X R. Kinds:
 
     hadamard         R = diag(signs)·H/√k over the whole row; k = 2^p·m takes the Kronecker product of Sylvester's matrix of 2^p with an
                      orthogonal matrix of m (a cosine transform), since Hadamard matrices of every size are not known
-    hadamard_block   the same inside blocks of a power of two, cheaper, and what int8 formats with folded rotations store
+    hadamard_block   the same inside blocks of a power of two, cheaper
+    convrot          blocks of 256 by a Kronecker power of the regular 4 × 4 Hadamard matrix, no signs: what the core's int8 format names
+                     in two words, so that files with it load without us
     dual             R1·P·R2 of "DuQuant" (arXiv 2406.01721), which LRQ-DiT ("LRQ-DiT: Log-Rotation Post-Training Quantization of Diffusion
                      Transformers", arXiv 2508.03485) takes for layers with salient outliers: rotations in blocks of 128 that lay the
                      largest channel on a row of equal entries, and a permutation that deals the channels by size over the blocks
@@ -23,10 +25,11 @@ from dataclasses import dataclass
 
 import torch
 
-__all__ = ["BLOCK", "KINDS", "Rotation", "block_hadamard", "dual_rotation", "hadamard"]
+__all__ = ["BLOCK", "CONVROT", "KINDS", "Rotation", "block_hadamard", "constant_rotation", "convrot", "dual_rotation", "hadamard", "no_rotation"]
 
-KINDS = ("none", "hadamard", "hadamard_block", "dual")
+KINDS = ("none", "hadamard", "hadamard_block", "convrot", "dual")
 BLOCK = 128
+CONVROT = 256
 FACTOR = 32  # k·(32 + 32) products a row of 1024 in place of k·1024
 GREEDY_STEPS = 64  # their 256 change the range by under one percent after the first few dozen; each costs a product of 128 × 128
 
@@ -49,11 +52,34 @@ class Rotation:
         for order, matrix, stride in self.blocks:
             if order is not None:
                 out = out.index_select(-1, order)
-            side = matrix.shape[0]
-            # stride 1: neighbours form a block; stride s: channels s apart do, the other half of a Kronecker product
-            lanes = out.unflatten(-1, (-1, side, stride))
-            out = torch.einsum("...bis,ij->...bjs", lanes, matrix.to(out)).flatten(-3)
+            out = _turned(out, matrix, stride)
         return out.to(x.dtype)
+
+    def undo(self, x: torch.Tensor) -> torch.Tensor:
+        """x R → x, for weights that go back to the basis they were trained in."""
+        out = x.to(torch.promote_types(x.dtype, torch.float32))
+        for order, matrix, stride in reversed(self.blocks):
+            out = _turned(out, matrix.t(), stride)
+            if order is not None:
+                out = out.index_select(-1, order.argsort())
+        if self.signs is not None:
+            out = out * self.signs.to(out)
+        return out.to(x.dtype)
+
+    def to(self, device: torch.device) -> Rotation:
+        """The same factors on another device; their dtype stays."""
+        move = lambda tensor: None if tensor is None else tensor.to(device)  # noqa: E731
+        blocks = tuple((move(order), matrix.to(device), stride) for order, matrix, stride in self.blocks)
+        return Rotation(self.kind, move(self.signs), blocks)
+
+
+def _turned(x: torch.Tensor, matrix: torch.Tensor, stride: int) -> torch.Tensor:
+    """Blocks of x (…, k) times `matrix`. Stride 1: neighbours form a block; stride s: channels s apart do, the other half of a Kronecker
+    product."""
+    side = matrix.shape[0]
+    if stride == 1:
+        return (x.unflatten(-1, (-1, side)) @ matrix.to(x)).flatten(-2)
+    return torch.einsum("...bis,ij->...bjs", x.unflatten(-1, (-1, side, stride)), matrix.to(x)).flatten(-3)
 
 
 def _sylvester(size: int) -> torch.Tensor:
@@ -74,6 +100,28 @@ def _cosine(size: int) -> torch.Tensor:
 
 def _signs(count: int, generator: torch.Generator) -> torch.Tensor:
     return 1.0 - 2.0 * torch.randint(0, 2, (count,), generator=generator)
+
+
+def no_rotation() -> Rotation:
+    """The identity."""
+    return Rotation("none", None, ())
+
+
+def convrot(width: int) -> Rotation:
+    """Inside blocks of 256 channels; refused (ValueError) for other widths."""
+    if width % CONVROT:
+        raise ValueError(f"blocks of {CONVROT} do not divide rows of {width}")
+    regular = torch.tensor([[1.0, 1, 1, -1], [1, 1, -1, 1], [1, -1, 1, 1], [-1, 1, 1, 1]], dtype=torch.float64) / 2
+    matrix = torch.ones(1, 1, dtype=torch.float64)
+    while matrix.shape[0] < CONVROT:
+        matrix = torch.kron(matrix, regular)
+    return Rotation("convrot", None, ((None, matrix.float(), 1),))
+
+
+def constant_rotation(kind: str, signs: torch.Tensor | None, width: int) -> Rotation:
+    """The rotation of a file: of these kinds only the signs, (k,), are drawn; the matrices follow from the width."""
+    found = {"none": lambda _: no_rotation(), "convrot": convrot, "hadamard": hadamard, "hadamard_block": block_hadamard}[kind](width)
+    return found if signs is None else Rotation(kind, signs, found.blocks)
 
 
 def hadamard(width: int, seed: int = 0) -> Rotation:

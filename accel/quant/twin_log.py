@@ -15,7 +15,7 @@ What we do differently, all of it measured in docs/quantisation.md:
   more); levels are rounded to the row's int8 grid, so that decoding is one look-up and the product is that of int8;
 - `fit_groups`: one grid for the whole tensor and a scale in 8-bit float for each group of weights, at equal bits far below a grid a row.
 
-`reference_levels` is the published code's grid.
+`reference_quantised` is the published code's grid.
 """
 
 from __future__ import annotations
@@ -23,6 +23,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import torch
+
+from .uniform import clipped_range
 
 __all__ = ["GroupCodes", "RowCodes", "fit_groups", "fit_rows", "nearest", "reference_quantised", "twin_levels"]
 
@@ -111,9 +113,13 @@ def _on_int8(levels: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     return (levels / scale[..., None]).round().to(torch.int8), scale
 
 
-def fit_rows(weight: torch.Tensor, bits: int) -> RowCodes:
-    """weight (n, k) → a twin-log grid a row."""
+def fit_rows(weight: torch.Tensor, bits: int, uniform: bool = False) -> RowCodes:
+    """weight (n, k) → a twin-log grid a row; `uniform`: equal steps between clipped ends, everything else alike."""
     w = weight.float()
+    if uniform:
+        low, step = clipped_range(w, bits)
+        book, scale = _on_int8(low + step * torch.arange(1 << bits, device=w.device))
+        return RowCodes(nearest(w / scale[:, None], book.float()).to(torch.uint8), book, scale)
     count = 1 << (bits - 1)
     positive = _one_sign(w.clamp_min(0), w > 0, count)
     negative = _one_sign((-w).clamp_min(0), w < 0, count)
@@ -148,8 +154,10 @@ def _group_scales(grouped: torch.Tensor, levels: torch.Tensor, row: torch.Tensor
     return best
 
 
-def fit_groups(weight: torch.Tensor, bits: int, group: int) -> GroupCodes:
+def fit_groups(weight: torch.Tensor, bits: int, group: int, uniform: bool = False) -> GroupCodes:
     """weight (n, k), k a multiple of `group` → one twin-log grid, its bend and clip found on the weights over their groups' scales.
+
+    uniform: equal steps in place of the twin-log grid, everything else alike; what the grid is held against at equal bytes.
 
     Raises: ValueError for a group that does not divide the rows.
     """
@@ -159,12 +167,18 @@ def fit_groups(weight: torch.Tensor, bits: int, group: int) -> GroupCodes:
     grouped = w.unflatten(1, (-1, group))
     row = w.abs().amax(1).clamp_min(TINY)
     full = _divisor(_largest(grouped), torch.ones_like(row))
-    for _ in range(ROUNDS):
-        levels = _shared_levels((grouped / full).flatten(0, 1), full.flatten(0, 1), bits)
+    for _ in range(1 if uniform else ROUNDS):
+        levels = _equal_steps(bits).to(w) if uniform else _shared_levels((grouped / full).flatten(0, 1), full.flatten(0, 1), bits)
         scales = _group_scales(grouped, levels, row)
         full = _divisor(scales, row)
     codes = nearest((grouped / full).flatten(0, 1), levels).view_as(grouped).flatten(1)
     return GroupCodes(codes.to(torch.uint8), (levels * INT8).round().to(torch.int8), scales, row / INT8)
+
+
+def _equal_steps(bits: int) -> torch.Tensor:
+    """2^bits equal steps that end at 1, on the int8 grid; zero is a level."""
+    half = 1 << (bits - 1)
+    return (torch.arange(1 - half, half + 1, dtype=torch.float32) / half * INT8).round() / INT8
 
 
 def _shared_levels(normal: torch.Tensor, scale: torch.Tensor, bits: int) -> torch.Tensor:

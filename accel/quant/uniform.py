@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-__all__ = ["clipped_grid", "int8_rows", "int_tokens", "min_max_grid"]
+__all__ = ["clipped_grid", "clipped_range", "int8_rows", "int_tokens", "min_max_grid"]
 
 CLIPS = tuple(1 - 0.02 * i for i in range(36))
 TINY = 1e-12
@@ -24,13 +24,18 @@ def min_max_grid(weight: torch.Tensor, bits: int) -> torch.Tensor:
 def clipped_grid(weight: torch.Tensor, bits: int) -> torch.Tensor:
     """ŵ of `min_max_grid` with both ends drawn in by the share that leaves the least squared error in each row."""
     w = weight.float()
+    low, step = clipped_range(w, bits)
+    return ((w - low) / step).round().clamp(0, (1 << bits) - 1) * step + low
+
+
+def clipped_range(w: torch.Tensor, bits: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """(low, step) of `clipped_grid`, each (n, 1)."""
     low, high = w.amin(1, keepdim=True), w.amax(1, keepdim=True)
-    best, least = w, torch.full_like(low, float("inf"))
+    best, least = torch.ones_like(low), torch.full_like(low, float("inf"))
     for clip in CLIPS:
-        out = _grid(w, clip * low, clip * high, bits)
-        error = (out - w).square().sum(1, keepdim=True)
-        best, least = torch.where(error < least, out, best), torch.minimum(error, least)
-    return best
+        error = (_grid(w, clip * low, clip * high, bits) - w).square().sum(1, keepdim=True)
+        best, least = torch.where(error < least, clip, best), torch.minimum(error, least)
+    return best * low, (best * (high - low) / ((1 << bits) - 1)).clamp_min(TINY)
 
 
 def int8_rows(weight: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:

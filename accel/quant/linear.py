@@ -1,0 +1,194 @@
+"""A linear layer on a stored weight, in the place of a host's own.
+
+    y = (x·diag(m)·R) Ŵ'ᵀ + bias,      Ŵ' ≈ W·diag(1/m)·R
+
+m smooths (1 where there is none), R is orthogonal. Activations are quantised a token at their own range, so that the product is that of
+8-bit integers; 16 bits leave them as they are and the product in floating point.
+
+What a patcher does with a layer, and what this one answers:
+- it copies options deeply: a copy of this layer is the layer itself;
+- it moves models with `.to(device)` and `.to(dtype)`: places change, dtypes of codes and scales never do;
+- it exchanges `weight` for a LoRA's sum and puts the old tensor back later: `convert_weight` gives the numbers in the basis the LoRA was
+  trained in, `set_weight` takes the sum. Policy requant: codes are drawn anew on the same grids, by chance from the key's seed. Policy
+  bypass: the codes stay and what was added is kept beside them in factors of its rank, y += (x Aᵀ) Bᵀ. The factors belong to the parameter
+  that was set with them; once the host puts its backup back they are gone;
+- it leaves functions in `weight_function` where memory is short: then the weight is handed out as numbers, the functions run on those, and
+  the product is in floating point. Inside, `convert_weight` and `set_weight` pass on what they are given: such a LoRA is exact.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from ...kernels.int8_linear import Int8Weight, int8_linear
+from .rotation import Rotation
+from .stored import StoredWeight
+
+__all__ = ["LORA_POLICIES", "QuantLinear", "factors"]
+
+LORA_POLICIES = ("bypass", "requant")
+FULL = 16  # bits of activations that are left alone
+
+
+def factors(added: torch.Tensor, scale: float) -> tuple[torch.Tensor, torch.Tensor]:
+    """added (n, k) → (a (r, k), b (n, r)) with b a = added to a thousandth of it, or to the rounding of the sum it was taken from.
+
+    A random sketch of growing width (Halko, Martinsson and Tropp, arXiv 0909.4061); beyond a third of full rank factors save nothing, and
+    `added` itself is returned as b.
+
+    scale: norm of the weights in the sum.
+    """
+    rows, columns = added.shape
+    limit = max(1e-3 * float(added.norm()), 1e-6 * scale)
+    generator, rank = torch.Generator().manual_seed(0), 8
+    while rank <= min(rows, columns) // 3:
+        sketch = added @ torch.randn(columns, rank, generator=generator).to(added)
+        basis, _ = torch.linalg.qr(sketch)
+        a = basis.t() @ added
+        if float((added - basis @ a).norm()) <= limit:
+            return a, basis
+        rank *= 2
+    return torch.empty(0, columns), added
+
+
+class QuantLinear(nn.Module):
+    """Made by `recipe.quantised_layer`, or by a file.
+
+    Args:
+        stored: codes of W·diag(1/m)·R.
+        bias: (n,) or None. act_bits: 2 to 8, or 16. smooth: m (k,) float32 or None. lora: one of LORA_POLICIES.
+    """
+
+    comfy_cast_weights = True
+
+    def __init__(
+        self, stored: StoredWeight, bias: torch.Tensor | None, act_bits: int, rotation: Rotation, smooth: torch.Tensor | None, lora: str
+    ):
+        super().__init__()
+        self.in_features, self.out_features = stored.columns, stored.codes.shape[0]
+        self.act_bits, self.lora = act_bits, lora
+        self.layout, self.bits = stored.layout, stored.bits
+        self.weight = nn.Parameter(stored.codes, requires_grad=False)
+        self.bias = None if bias is None else nn.Parameter(bias, requires_grad=False)
+        self.register_buffer("weight_scale", stored.scale)
+        self.register_buffer("tlq_codebook", stored.book)
+        self.register_buffer("weight_s_rel", stored.group_scale)
+        self.register_buffer("smooth", smooth)
+        self.rotation = rotation
+        self.weight_function: list = []
+        self.bias_function: list = []
+        self._added: tuple[nn.Parameter, torch.Tensor, torch.Tensor] | None = None
+        self._handing_out = False
+
+    def __deepcopy__(self, memo: dict) -> QuantLinear:
+        return self
+
+    def _apply(self, fn: Any, recurse: bool = True) -> QuantLinear:
+        def place(tensor: torch.Tensor) -> torch.Tensor:
+            moved = fn(tensor)
+            return moved if moved.dtype == tensor.dtype else tensor.to(moved.device)
+
+        super()._apply(place, recurse)
+        self.rotation = self.rotation.to(self.weight.device)
+        return self
+
+    @property
+    def stored(self) -> StoredWeight:
+        return StoredWeight(self.layout, self.bits, self.in_features, self.weight.data, self.weight_scale, self.tlq_codebook, self.weight_s_rel)
+
+    @property
+    def group(self) -> int:
+        return 0 if self.weight_s_rel is None else self.in_features // self.weight_s_rel.shape[1]
+
+    @property
+    def nbytes(self) -> int:
+        """Of everything but the bias; the rotation's fixed matrices are no part of the model."""
+        signs = 0 if self.rotation.signs is None else self.in_features
+        drawn = sum(matrix.nbytes + order.nbytes for order, matrix, _ in self.rotation.blocks if order is not None)
+        first = self.rotation.blocks[0][1].nbytes if self.rotation.kind == "dual" else 0
+        return self.stored.nbytes + signs + drawn + first + (0 if self.smooth is None else self.smooth.nbytes)
+
+    @property
+    def bits_per_weight(self) -> float:
+        return 8 * self.nbytes / (self.in_features * self.out_features)
+
+    # The basis of the codes and that of training
+
+    def _into_basis(self, weight: torch.Tensor) -> torch.Tensor:
+        return self.rotation.apply(weight if self.smooth is None else weight / self.smooth)
+
+    def numbers(self, stored: StoredWeight | None = None) -> torch.Tensor:
+        """The weight (n, k) float32 that the layer stands for, without what bypasses it."""
+        weight = self.rotation.undo((stored or self.stored).numbers())
+        return weight if self.smooth is None else weight * self.smooth
+
+    # What a patcher calls
+
+    def convert_weight(self, weight: torch.Tensor, inplace: bool = False, **kwargs: Any) -> torch.Tensor:
+        """Codes, in whatever dtype they were cast to → the numbers they stand for."""
+        if self._handing_out:
+            return weight
+        return self.numbers(self.stored.with_codes(weight.to(self.weight.dtype))).to(weight.device)
+
+    def set_weight(
+        self, weight: torch.Tensor, inplace_update: bool = False, seed: int | None = None, return_weight: bool = False, **kwargs: Any
+    ) -> torch.Tensor | None:
+        """Take a patched weight (n, k) by the layer's policy; with `return_weight` the codes are returned and the layer stays."""
+        if self._handing_out:
+            return weight
+        if self.lora == "bypass" and not inplace_update and not return_weight:
+            base = self.numbers()
+            a, b = factors(weight.float() - base, float(base.norm()))
+            self.weight = nn.Parameter(self.weight.data, requires_grad=False)
+            self._added = (self.weight, a.to(base.device), b.to(base.device))
+            return None
+        codes = self.stored.requantised(self._into_basis(weight.float()), seed)
+        if return_weight:
+            return codes
+        if inplace_update:
+            self.weight.data.copy_(codes)
+        else:
+            self.weight = nn.Parameter(codes, requires_grad=False)
+        return None
+
+    # The product
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        if self.weight_function:
+            return self._product_of_functions(x)
+        bias = self._bias(x)
+        turned = self.rotation.apply(x if self.smooth is None else x * self.smooth.to(x.dtype))
+        if self.act_bits == FULL:
+            out = F.linear(turned, self.stored.numbers().to(x.dtype), bias)
+        else:
+            out = int8_linear(turned, Int8Weight(*self.stored.as_int8()), bias, self.act_bits)
+        added = self._added
+        if added is not None and added[0] is self.weight:
+            a, b = (part.to(x) for part in added[1:])
+            out = out + (F.linear(F.linear(x, a), b) if len(a) else F.linear(x, b))
+        return out
+
+    def _bias(self, x: torch.Tensor) -> torch.Tensor | None:
+        if self.bias is None:
+            return None
+        bias = self.bias.to(device=x.device, dtype=x.dtype)
+        for function in self.bias_function:
+            bias = function(bias.clone() if bias is self.bias else bias)
+        return bias
+
+    def _product_of_functions(self, x: torch.Tensor) -> torch.Tensor:
+        weight, self._handing_out = self.numbers().to(device=x.device, dtype=x.dtype), True
+        try:
+            for function in self.weight_function:
+                weight = function(weight)
+            return F.linear(x, weight, self._bias(x))
+        finally:
+            self._handing_out = False
+
+    def extra_repr(self) -> str:
+        what = f"{self.in_features} → {self.out_features}, W{self.bits}A{self.act_bits} {self.layout}"
+        return f"{what}, {self.rotation.kind}, {self.bits_per_weight:.2f} bits a weight"

@@ -1,0 +1,300 @@
+"""Quantisation palette: models in fewer bits, what that costs in decibels, and files of them."""
+
+from __future__ import annotations
+
+from ..errors import input_error
+from .declare import Node, Output, boolean, choice, integer, number, seed_input, socket, text
+
+GROUP = "model patches"
+_MODEL = Output("MODEL", "model", "The model with quantised layers; the given one is unchanged.")
+_REPORT = Output("STRING", "report", "A table; link it to Preview Any.")
+
+
+def _merged(model, key: str, weight):
+    """`weight` with the patches that MODEL has under `key`, float32: the host's own sum, on a module that holds nothing else."""
+    import torch
+
+    from ..host import ModelPatcher
+
+    holder = torch.nn.Module()
+    holder.weight = torch.nn.Parameter(weight.detach().float().clone(), requires_grad=False)
+    alone = ModelPatcher(holder, weight.device, weight.device)
+    alone.patches = {"weight": list(model.patches[key])}
+    alone.patch_weight_to_device("weight")
+    return holder.weight.data
+
+
+class RectiflowQuantCalibrate(Node):
+    """Samples a few pictures and notes what enters each linear layer: Quantize chooses rotations and smoothing by it."""
+
+    TITLE = "Quant Calibrate"
+    GROUP = GROUP
+    SEARCH_ALIASES = ["calibration", "activation statistics", "LRQ-DiT", "quantize"]
+    INPUTS = (
+        socket("model", "MODEL", "The model to quantise, in 16 or 32 bits."),
+        socket("positive", "CONDITIONING", "A prompt of the kind the model will be used with."),
+        socket("latent_image", "LATENT", "An empty latent of the usual size."),
+        socket("sigmas", "SIGMAS", "A short schedule from 1 to 0; 4 to 10 steps are enough."),
+        seed_input("Noise of the first run; run i takes seed + i."),
+        integer("num_runs", 1, 1, 64, "Pictures to sample. More see more outliers."),
+        text("layers", "", "Regular expression: only layers whose names it finds. Empty: every linear layer of the blocks."),
+        socket("negative", "CONDITIONING", "With it the guided run is watched, both prompts.", optional=True),
+        number("cfg", 1.0, 0.0, 100.0, "Guidance of the runs where negative is linked.", step=0.1, optional=True),
+    )
+    OUTPUTS = (
+        Output("QUANT_STATS", "stats", "For Quantize."),
+        Output("STRING", "report", "Tokens, largest magnitude and root mean square of what enters each layer."),
+    )
+
+    def run(self, model, positive, latent_image, sigmas, seed, num_runs, layers, negative=None, cfg=1.0):
+        from ..accel.quant.attach import chosen_layers
+        from ..accel.quant.calibration import watching
+        from ..host import ProgressBar, fix_empty_latent_channels, prepare_noise, sample_custom, sampler_object
+
+        if len(sigmas) < 2:
+            raise input_error(self.TITLE, "sigmas", f"{len(sigmas)} values", "at least one step", "Link a schedule from 1 to 0.")
+        latent = fix_empty_latent_channels(model, latent_image["samples"])
+        guided, bar = (cfg, negative) if negative is not None else (1.0, positive), ProgressBar(num_runs)
+        with watching(chosen_layers(model, layers, "", self.TITLE)) as stats:
+            for number_of_run in range(num_runs):
+                noise = prepare_noise(latent, seed + number_of_run)
+                sampler = sampler_object("euler")
+                sample_custom(
+                    model, noise, guided[0], sampler, sigmas, positive, guided[1], latent, disable_pbar=True, seed=seed + number_of_run
+                )
+                bar.update(1)
+        stats.check(self.TITLE)
+        return (stats, stats.table())
+
+
+class RectiflowQuantize(Node):
+    """Keeps the weights of linear layers in 8, 6, 4, 3 or 2 bits and computes with integers. On a CPU 8 bits are also faster."""
+
+    TITLE = "Quantize"
+    GROUP = GROUP
+    SEARCH_ALIASES = ["int8", "W8A8", "W4A8", "TLQ", "LRQ-DiT", "compress", "low memory", "hadamard"]
+    INPUTS = (
+        socket("model", "MODEL", "A model in 16 or 32 bits."),
+        choice("weight_bits", ("8", "6", "4", "3", "2"), "Bits of a weight's code. 8 looks the same; 4 is a quarter of 16 bits; 2 is for trials.",
+            default="8",
+        ),
+        choice("act_bits", ("8", "16", "6", "4"), "Bits of activations, a token at its own range. 16 leaves them alone."),
+        choice("group_size", ("32", "16", "64", "128", "0"), "Weights that share a scale, below 8 bits. 0: a grid a row."),
+        choice("method", ("tlq", "uniform"), "Below 8 bits. tlq: steps that grow with the magnitude. uniform: equal steps."),
+        choice("rotation", ("auto", "none", "hadamard", "hadamard_block", "convrot", "dual", "threshold"),
+            "auto: what errs least on the calibration. convrot: files load in the core. threshold: the paper's rule.",
+        ),
+        number("j_threshold", 1.0, 0.0, 100.0, "For threshold: layers whose input is larger than this get the dual rotation.", advanced=True),
+        number("smooth_alpha", 0.5, 0.0, 1.0, "Share of the weights in smoothing, where it lowers the error. 0 is off."),
+        boolean("protect_down", True, "Keeps down-projections in full precision when act_bits is below 8."),
+        number("keep_below_db", 0.0, 0.0, 100.0, "Layers whose error is worse than this stay in full precision. 0: none.", step=0.5),
+        text("include", "", "Regular expression: only layers whose names it finds."),
+        text("exclude", "", "Regular expression: layers to leave alone.", advanced=True),
+        choice("lora", ("before", "bypass", "requant"), "LoRAs. before: those linked here go into the codes. bypass: all stay beside them, "
+            "exact. requant: all are rounded into the codes.",
+        ),
+        seed_input("Of the rotations' random signs."),
+        socket("stats", "QUANT_STATS", "From Quant Calibrate.", optional=True),
+    )  # fmt: skip
+    OUTPUTS = (_MODEL, _REPORT)
+
+    def run(
+        self, model, weight_bits, act_bits, group_size, method, rotation, j_threshold, smooth_alpha, protect_down, keep_below_db, include,
+        exclude, lora, seed, stats=None,
+    ):  # fmt: skip
+        from ..accel.quant.attach import PREFIX, chosen_layers, own_weight, put_on
+        from ..accel.quant.recipe import QuantScheme, quantised_layers, report_table
+        from ..host import ProgressBar, throw_if_interrupted
+
+        scheme = QuantScheme(
+            int(weight_bits), int(act_bits), int(group_size), method, rotation, j_threshold, smooth_alpha, protect_down, keep_below_db,
+            "requant" if lora == "requant" else "bypass", seed,
+        )  # fmt: skip
+        layers = chosen_layers(model, include, exclude, self.TITLE)
+        bar = ProgressBar(len(layers))
+
+        def weight_of(name: str):
+            key, weight = f"{PREFIX}{name}.weight", own_weight(model, name, layers[name])
+            return _merged(model, key, weight) if lora == "before" and key in model.patches else weight
+
+        def step() -> None:
+            bar.update(1)
+            throw_if_interrupted()
+
+        made, reports = quantised_layers(layers, weight_of, scheme, stats, self.TITLE, step)
+        patched = put_on(model, made, lora == "before", layers.__getitem__)
+        return (patched, report_table(scheme, reports, model.model_size(), patched.size))
+
+
+class RectiflowQuantReport(Node):
+    """Compares two models step by step on the same states: how far the velocity is off, in dB, at each sigma."""
+
+    TITLE = "Quant Report"
+    GROUP = GROUP
+    SEARCH_ALIASES = ["SQNR", "quantization error", "compare models", "quality"]
+    INPUTS = (
+        socket("reference", "MODEL", "The model before."),
+        socket("model", "MODEL", "The model after."),
+        socket("positive", "CONDITIONING", "The prompt."),
+        socket("negative", "CONDITIONING", "The negative prompt; asked only where cfg is not 1."),
+        socket("latent_image", "LATENT", "An empty latent: its size is what counts."),
+        socket("sigmas", "SIGMAS", "The schedule both are sampled with."),
+        number("cfg", 1.0, 0.0, 100.0, "Guidance.", step=0.1),
+        seed_input("Of the noise."),
+    )
+    OUTPUTS = (
+        Output("STRING", "report", "Velocity error at each sigma, and of the final latent."),
+        Output("IMAGE", "plot", "The same as a curve."),
+        Output("FLOAT", "mean_db", "Mean over the steps; 35 and more is hard to see."),
+    )
+
+    def run(self, reference, model, positive, negative, latent_image, sigmas, cfg, seed):
+        from ..accel.quant.compare import recording_sampler, replaying_sampler, velocity_table
+        from ..host import KSAMPLER, fix_empty_latent_channels, prepare_noise, sample_custom, sampler_object
+        from ..metrics.plot import Chart, Series, line_chart
+
+        if len(sigmas) < 2:
+            raise input_error(self.TITLE, "sigmas", f"{len(sigmas)} values", "at least one step", "Link a schedule from 1 to 0.")
+        latent = fix_empty_latent_channels(reference, latent_image["samples"])
+        noise = prepare_noise(latent, seed)
+
+        def sample(which, sampler):
+            return sample_custom(which, noise, cfg, sampler, sigmas, positive, negative, latent, disable_pbar=True, seed=seed)
+
+        visited, found = [], []
+        exact = sample(reference, KSAMPLER(recording_sampler(visited)))
+        sample(model, KSAMPLER(replaying_sampler(visited, found)))
+        own = sample(model, sampler_object("euler"))
+        distance = float((own - exact).square().mean().sqrt() / exact.square().mean().sqrt())
+        chart = Chart("Velocity error of the changed model", "sigma", "SQNR in dB")
+        plot = line_chart([Series("velocity", tuple(found))], chart)
+        return (velocity_table(found, distance), plot, sum(value for _, value in found) / len(found))
+
+
+def _base(model) -> str:
+    """How the network of MODEL is built again."""
+    from ..tiny.weights import FLUX_SIZES
+
+    config = model.model.model_config.unet_config
+    return "tiny" if all(config.get(name) == value for name, value in FLUX_SIZES.items()) else "detect"
+
+
+class RectiflowSaveQuantized(Node):
+    """Saves a quantised model below the output folder; int8 layers in the core's own layout."""
+
+    TITLE = "Save Quantized"
+    GROUP = GROUP
+    OUTPUT_NODE = True
+    SEARCH_ALIASES = ["save model", "int8_tensorwise", "compressed", "safetensors"]
+    INPUTS = (
+        socket("model", "MODEL", "From Quantize."),
+        text("filename_prefix", "rectiflow/quantized", "Name below the output folder; a number and .safetensors are added."),
+        choice("form", ("rectiflow", "core_int8", "plain"), "rectiflow: every format. core_int8: W8A8 for a stock ComfyUI. plain: numbers "
+            "without codes.",
+        ),
+        choice("dtype", ("same", "float16", "bfloat16", "float32"), "Of the weights that are not quantised."),
+    )  # fmt: skip
+    OUTPUTS = (
+        Output("STRING", "path", "Of the file, below the output folder; for Load Quantized."),
+        Output("STRING", "report", "What was written."),
+    )
+
+    def run(self, model, filename_prefix, form, dtype):
+        from pathlib import Path
+
+        from ..accel.quant.files import model_tensors
+        from ..accel.quant.tensor_file import write_tensors
+        from ..host import get_output_directory, get_save_image_path
+
+        tensors, metadata, manifest = model_tensors(
+            model, form, dtype, _base(model), lambda key, weight: _merged(model, key, weight), self.TITLE
+        )
+        folder, name, counter, below, _ = get_save_image_path(filename_prefix, get_output_directory())
+        taken = [int(path.stem.rsplit("_", 2)[-2]) for path in Path(folder).glob(f"{name}_*_.safetensors") if _counted(path.stem)]
+        file = f"{name}_{max([counter - 1, *taken]) + 1:05}_.safetensors"
+        try:
+            write_tensors(Path(folder) / file, tensors, metadata)
+        except OSError as error:
+            remedy = "Make room, or choose another folder; what stood there is as it was."
+            raise input_error(self.TITLE, "filename_prefix", f"{file}: {error.strerror}", "a folder with room", remedy) from error
+        size = (Path(folder) / file).stat().st_size
+        report = f"{file}: {size / 2**20:.2f} MiB, {len(manifest.quant)} quantised layers, {form}, others in {manifest.dtype}"
+        return (Path(below, file).as_posix(), report)
+
+
+def _counted(stem: str) -> bool:
+    parts = stem.rsplit("_", 2)
+    return len(parts) == 3 and parts[1].isdecimal()
+
+
+def _found(path: str, where: str):
+    """A file below the output folder, or one of the host's diffusion models."""
+    from pathlib import Path
+
+    from ..host import get_full_path, get_output_directory
+
+    root = Path(get_output_directory()).resolve()
+    clean = path.strip() if "\0" not in path else ""
+    own = (root / clean).resolve() if clean else root
+    if clean and own.is_relative_to(root) and own.is_file():
+        return own
+    listed = get_full_path("diffusion_models", clean) if clean else None
+    if listed is None:
+        allowed = "a file below the output folder or in models/diffusion_models"
+        raise input_error(where, "path", path, allowed, "Give the path that Save Quantized reported.")
+    return Path(listed)
+
+
+_PATH = text("path", "rectiflow/quantized_00001_.safetensors", "As Save Quantized gives it; or a file's name in models/diffusion_models.")
+
+
+class RectiflowLoadQuantized(Node):
+    """Loads a file of Save Quantized, or an int8 file of the core, bit for bit as it was saved."""
+
+    TITLE = "Load Quantized"
+    GROUP = GROUP
+    SEARCH_ALIASES = ["load model", "int8_tensorwise", "compressed", "unet"]
+    INPUTS = (_PATH,)
+    OUTPUTS = (Output("MODEL", "model", "The model; its quantised layers hold codes, no full weights."), _REPORT)
+
+    def run(self, path):
+        import torch
+
+        from ..accel.quant.files import describe, install, read_model
+        from ..accel.quant.manifest import DTYPES
+        from ..host import build_flux_model, load_diffusion_model_state_dict
+        from ..tiny.codec import LinearCodec
+        from ..tiny.weights import FLUX_SIZES, load_weights
+        from .tiny import tiny_latent
+
+        loaded = read_model(_found(path, self.TITLE), self.TITLE)
+        dtype = DTYPES[loaded.manifest.dtype]
+        try:
+            with torch.inference_mode(False):
+                if loaded.manifest.base["kind"] == "tiny":
+                    shipped = load_weights()
+                    codec = LinearCodec(shipped.codec_basis, shipped.codec_scale, shipped.codec_mean)
+                    model = build_flux_model(loaded.plain, FLUX_SIZES, tiny_latent(codec), dtype=dtype)
+                else:
+                    model = load_diffusion_model_state_dict(loaded.prefixed(), model_options={"dtype": dtype})
+        except (ValueError, RuntimeError, KeyError) as error:
+            raise input_error(self.TITLE, "path", f"{path}: {error}"[:190], "a whole model", "Save the model again.") from error
+        if model is None:
+            allowed = "a transformer that this host knows"
+            raise input_error(self.TITLE, "path", path, allowed, "Update the host, or save the model again.")
+        return (install(model, loaded, self.TITLE), describe(loaded))
+
+
+class RectiflowCompressionInfo(Node):
+    """Says what a compressed file holds: layers, formats, bits a weight, what it was made from. Builds no model."""
+
+    TITLE = "Compression Info"
+    GROUP = GROUP
+    SEARCH_ALIASES = ["manifest", "quantized", "inspect file"]
+    INPUTS = (_PATH,)
+    OUTPUTS = (_REPORT,)
+
+    def run(self, path):
+        from ..accel.quant.files import describe, read_model
+
+        return (describe(read_model(_found(path, self.TITLE), self.TITLE)),)
