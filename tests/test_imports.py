@@ -24,7 +24,7 @@ DOORS = {
     "metrics": set(),
     "samplers": {"families", "kernels"},
     "accel": {"families", "kernels", "metrics"},
-    "train": {"families", "kernels", "metrics", "samplers", "tiny"},
+    "train": {"accel", "families", "kernels", "metrics", "samplers", "tiny"},
     "tiny": {"families"},
     "host": {"host/embedded"},
     "host/embedded": {"host", "tiny", "families"},

@@ -227,6 +227,8 @@ class Trainer:
         wanted = point.velocity
         if config.target.kind == "teacher_velocity":
             wanted = teacher_velocity(self.teacher, config.target, point.x, point.sigma, cond)
+            if share := config.target.flow_share:
+                wanted = torch.lerp(wanted, point.velocity.to(wanted), share)
         prediction = self.trainee.velocity(point.x, point.sigma, cond)
         place = prediction.device
         weight = None if weight is None else weight.to(place)

@@ -29,12 +29,17 @@ ANNEALING = ("linear", "cosine", "exponential")
 
 @dataclass(frozen=True)
 class Target:
-    """kind: one of KINDS. teacher_cfg: guidance of teacher_velocity, 1 for none. anneal_steps, annealing: how β falls."""
+    """kind: one of KINDS. teacher_cfg: guidance of teacher_velocity, 1 for none. anneal_steps, annealing: how β falls.
+
+    flow_share: a of teacher_velocity's target (1 − a)·v_teacher + a·(z − x0). Its squared error has the gradient of (1 − a)·‖v − v_teacher‖² +
+    a·‖v − (z − x0)‖², for the two differ by a constant.
+    """
 
     kind: str = "velocity"
     teacher_cfg: float = 1.0
     anneal_steps: int = 0
     annealing: str = "linear"
+    flow_share: float = 0.0
 
     def __post_init__(self):
         for name, allowed in (("kind", KINDS), ("annealing", ANNEALING)):
@@ -42,6 +47,8 @@ class Target:
                 raise input_error("Train Target", name, getattr(self, name), ", ".join(allowed), "Choose one of these.")
         if not 0.0 <= self.teacher_cfg <= 100.0:
             raise input_error("Train Target", "teacher_cfg", self.teacher_cfg, "0 to 100", "1 is no guidance.")
+        if not 0.0 <= self.flow_share <= 1.0:
+            raise input_error("Train Target", "flow_share", self.flow_share, "0 to 1", "0 is the teacher alone.")
         if self.anneal_steps < 0:
             raise input_error("Train Target", "anneal_steps", self.anneal_steps, "0 or more", "0 is plain reflow.")
 

@@ -1,0 +1,44 @@
+"""Which model this is: a hash of its weights as they were loaded, whatever patches lie on the network at the moment."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterator
+from typing import Any
+
+from torch import Tensor, nn
+
+__all__ = ["NETWORK", "model_hash", "original_module", "original_parameters"]
+
+NETWORK = "diffusion_model."  # where a host's model keeps the transformer
+SAMPLE = 64  # numbers of each weight that are hashed
+
+
+def original_module(model: Any, path: str) -> nn.Module:
+    """The module at `path` below the network as it was loaded, also while another one hangs in its place."""
+    name = NETWORK + path
+    return model.object_patches_backup[name] if name in model.object_patches_backup else model.model.get_submodule(name)
+
+
+def original_parameters(model: Any) -> Iterator[tuple[str, Tensor]]:
+    """(name below the network, weight) of MODEL `model`, without object patches and without merged LoRAs."""
+    swapped = {name: value for name, value in model.object_patches_backup.items() if isinstance(value, nn.Module)}
+
+    def walk(module: nn.Module, name: str) -> Iterator[tuple[str, Tensor]]:
+        module = swapped.get(name, module)
+        for own, value in module.named_parameters(recurse=False):
+            full = f"{name}.{own}"
+            yield full[len(NETWORK) :], model.backup[full].weight if full in model.backup else value
+        for child, inner in module.named_children():
+            yield from walk(inner, f"{name}.{child}")
+
+    yield from walk(model.model.diffusion_model, NETWORK[:-1])
+
+
+def model_hash(model: Any) -> str:
+    """16 hexadecimal digits of SHA-256 over names, shapes and the first numbers of every weight, in the order of the names."""
+    digest = hashlib.sha256()
+    for name, value in sorted(original_parameters(model), key=lambda pair: pair[0]):
+        sample = value.detach().flatten()[:SAMPLE].float().cpu().contiguous()
+        digest.update(f"{name}{tuple(value.shape)}".encode() + sample.numpy().tobytes())
+    return digest.hexdigest()[:16]

@@ -1,0 +1,116 @@
+"""Recovery: the teacher that shares the student's network, masked features, what learns, resuming, refusals."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import pytest
+import torch
+from rectiflow.accel.prune.apply import apply_plan, plan_of, stack_under
+from rectiflow.accel.prune.identity import model_hash
+from rectiflow.accel.prune.select import plan_without
+from rectiflow.errors import NodeInputError
+from rectiflow.host import CFGGuider
+from rectiflow.nodes.pruning import host_services
+from rectiflow.tests.accel.region_toys import conditioning, toy
+from rectiflow.train.features import masked_distance
+from rectiflow.train.pool import Calibration
+from rectiflow.train.prune_scores import velocity_error
+from rectiflow.train.recovery import RecoverSettings, changed_blocks, matched_places, recover
+
+STEPS = 4
+
+
+@pytest.fixture(scope="module")
+def case():
+    """A toy Flux with a plan that leaves out two blocks of four, and what it is shown."""
+    model = toy("flux")
+    stack = stack_under(model, "test")
+    plan = plan_without((stack.at("double_blocks.1"), stack.at("single_blocks.0")), stack, model_hash(model), "test")
+    shown = Calibration(conditioning(5), conditioning(9), (16, 6, 8), count=4, steps=3)
+    return model, apply_plan(model, plan, "test"), shown
+
+
+def run(case, tmp_path=None, teacher=None, **changed):
+    model, pruned, shown = case
+    settings = RecoverSettings(**{"steps": STEPS, "batch": 2, "rank": 4, "lr": 3e-3, "ema": 0.0, **changed})
+    return recover(pruned, teacher or model, settings, shown, tmp_path, host_services())
+
+
+@pytest.mark.parametrize("learns", ["lora", "changed_blocks", "all", "biases"])
+def test_a_few_steps_bring_the_student_nearer(case, learns):
+    model, pruned, shown = case
+    done = run(case, learns=learns, steps=12, data="mixed" if learns == "lora" else "teacher_x0")
+    before, after = done.report["before"]["velocity_error"], done.report["after"]["velocity_error"]
+    assert after < 0.98 * before
+    assert velocity_error(done.model, model, shown, CFGGuider, 16) == pytest.approx(after, rel=1e-4)
+    assert velocity_error(pruned, model, shown, CFGGuider, 16) == pytest.approx(before, rel=1e-4), "the pruned model itself is not changed"
+    assert plan_of(done.model) is plan_of(pruned)
+    assert not [name for name in done.lora if "double_blocks.1." in name or "single_blocks.0." in name]
+    assert len(done.losses) == 12 and done.picture.ndim == 4
+
+
+def test_a_teacher_of_its_own_weights_teaches_the_same(case):
+    """The same model loaded a second time gives the same training as the one that shares the network."""
+    shared, apart = run(case), run(case, teacher=toy("flux"))
+    assert shared.losses == pytest.approx(apart.losses, rel=1e-5)
+    assert shared.report["after"]["velocity_error"] == pytest.approx(apart.report["after"]["velocity_error"], rel=1e-4)
+
+
+def test_recomputing_blocks_changes_nothing(case):
+    assert run(case, checkpointing=True).losses == pytest.approx(run(case).losses, rel=1e-5)
+
+
+def test_stopped_and_resumed_is_the_whole_run(case, tmp_path):
+    """Interrupted at step 2, then run again under the same name: bit-identical to the run that was not."""
+    whole = run(case, tmp_path / "whole", ema=0.9)
+    services = host_services()
+    calls = []
+
+    def interrupt():
+        calls.append(1)
+        if len(calls) == 3:
+            raise KeyboardInterrupt
+
+    model, pruned, shown = case
+    settings = RecoverSettings(steps=STEPS, batch=2, rank=4, lr=3e-3, ema=0.9)
+    with pytest.raises(KeyboardInterrupt):
+        recover(pruned, model, settings, shown, tmp_path / "part", dataclasses.replace(services, interrupt=interrupt))
+    assert (tmp_path / "part" / "step-000002.safetensors").is_file(), "what was done is kept"
+    resumed = recover(pruned, model, settings, shown, tmp_path / "part", services)
+    assert resumed.lora.keys() == whole.lora.keys()
+    assert all(torch.equal(resumed.lora[name], whole.lora[name]) for name in whole.lora)
+
+
+def test_another_plan_under_the_same_name_is_refused(case, tmp_path):
+    run(case, tmp_path / "run", steps=1)
+    model, _, shown = case
+    stack = stack_under(model, "test")
+    other = apply_plan(model, plan_without((stack.at("double_blocks.1"),), stack, model_hash(model), "test"), "test")
+    with pytest.raises(NodeInputError, match="another name"):
+        recover(other, model, RecoverSettings(steps=2), shown, tmp_path / "run", host_services())
+
+
+def test_students_without_a_plan_and_other_teachers_are_refused(case):
+    model, pruned, shown = case
+    with pytest.raises(NodeInputError, match="Apply a plan first"):
+        recover(model, model, RecoverSettings(), shown, None, host_services())
+    with pytest.raises(NodeInputError, match="for this model"):
+        recover(pruned, toy("sd3"), RecoverSettings(), shown, None, host_services())
+
+
+def test_one_huge_activation_does_not_move_the_masked_distance():
+    generator = torch.Generator().manual_seed(0)
+    wanted, given = torch.randn(2, 64, 32, generator=generator), torch.randn(2, 64, 32, generator=generator)
+    hit = wanted.clone()
+    hit[0, 3, 4] = 500.0
+    assert abs(float(masked_distance(given, hit, 2.0) / masked_distance(given, wanted, 2.0)) - 1.0) < 0.01
+    assert abs(float(masked_distance(given, hit, 0.0) / masked_distance(given, wanted, 0.0)) - 1.0) > 0.3
+    assert float(masked_distance(wanted, wanted, 2.0)) == 0.0
+
+
+def test_places_follow_from_the_plan(case):
+    _, pruned, _ = case
+    stack = stack_under(pruned, "test")
+    assert matched_places(plan_of(pruned), stack) == ("double_blocks.1", "single_blocks.0")
+    assert changed_blocks(plan_of(pruned), stack) == ("double_blocks.0", "single_blocks.1")
