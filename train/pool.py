@@ -1,0 +1,121 @@
+"""Examples without a data set: a model's own samples, drawn once, and fixed points of its flow around them.
+
+The pool holds x̂0 = ODE_teacher(noise) by Euler steps, with the teacher's guidance; a training step noises these again. The same seed
+gives the same pool, so that a run that is resumed has the examples it had.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .draws import Draws, seeded
+from .host_model import train_inside, trainable_weights
+from .loop import Batch
+
+__all__ = ["Calibration", "PoolData", "inside", "points", "sample_pool", "velocities"]
+
+CALL = 8  # rows a model call has at most
+
+
+@dataclass(frozen=True)
+class Calibration:
+    """What a model is shown where there is no data set.
+
+    Args:
+        positive: CONDITIONING, one entry a prompt. negative: for guidance, or None.
+        size: (c, h, w) of a latent of the model. count: samples in the pool. steps, cfg: how the teacher draws them.
+    """
+
+    positive: list
+    negative: list | None
+    size: tuple[int, ...]
+    count: int = 16
+    steps: int = 12
+    cfg: float = 1.0
+    seed: int = 0
+
+
+class PoolData:
+    """The pool as the trainer's data: row i has prompt i modulo the number of prompts."""
+
+    def __init__(self, latents: Tensor, prompts: int):
+        self.latents, self.prompts = latents, prompts
+        self.fingerprint = hashlib.sha256(repr(tuple(latents.shape)).encode() + latents.contiguous().numpy().tobytes()).hexdigest()
+
+    def buckets(self) -> list[list[int]]:
+        return [list(range(len(self.latents)))]
+
+    def batch(self, rows: Tensor, draws: Draws) -> Batch:
+        return Batch(self.latents[rows], [row % self.prompts for row in rows.tolist()])
+
+
+def inside(
+    guider: Callable, model: Any, calibration: Calibration, body: Callable, additions: Any = None, about: dict | None = None
+) -> None:
+    """body(trainee) inside a run of `model` under the calibration's conditions. guider(model) → CFGGuider.
+
+    Weights are made ordinary tensors first, and no patch of the run stays on the network behind it.
+    """
+    with torch.inference_mode(False), torch.enable_grad():
+        trainable_weights(model)
+        guided = guider(model)
+        guided.set_conds(_ordinary(calibration.positive), _ordinary(calibration.negative or calibration.positive[:1]))
+        try:
+            train_inside(guided, torch.zeros(1, *calibration.size), additions, about or {}, body)
+        finally:
+            model.detach()
+
+
+def _ordinary(conditioning: list) -> list:
+    from .host_model import ordinary
+
+    return ordinary(list(conditioning))
+
+
+@torch.no_grad()
+def sample_pool(trainee: Any, calibration: Calibration, switch: AbstractContextManager | None = None) -> Tensor:
+    """x̂0 (count, c, h, w) fp32 on the CPU, in model space. switch: a context in which the trainee is the teacher."""
+    count, prompts = calibration.count, len(trainee.positive)
+    noise = torch.randn((count, *calibration.size), generator=seeded(calibration.seed, "pool"))
+    sigmas = torch.linspace(1.0, 0.0, calibration.steps + 1)
+    parts = []
+    with switch or nullcontext():
+        for start in range(0, count, CALL):
+            x = noise[start : start + CALL]
+            cond = [row % prompts for row in range(start, start + len(x))]
+            for sigma, following in zip(sigmas, sigmas[1:]):
+                x = x + (following - sigma) * guided(trainee, x, sigma.expand(len(x)), cond, calibration.cfg).cpu()
+            parts.append(x)
+    return torch.cat(parts)
+
+
+def guided(trainee: Any, x: Tensor, sigma: Tensor, cond: list, cfg: float) -> Tensor:
+    velocity = trainee.velocity(x, sigma, cond)
+    if cfg == 1.0:
+        return velocity
+    empty = trainee.velocity(x, sigma, [None] * len(cond))
+    return empty + cfg * (velocity - empty)
+
+
+def points(data: PoolData, count: int, seed: int) -> list[tuple[Tensor, Tensor, list]]:
+    """`count` fixed points (x, sigma, cond) in calls of at most 8: sigma in the middles of equal parts of [0, 1], in mixed order."""
+    draws = Draws(seed, -2)  # no step is numbered so
+    sigma = (torch.randperm(count, generator=draws.generator("order")) + 0.5) / count
+    rows = torch.arange(count) % len(data.latents)
+    batch, noise = data.batch(rows, draws), draws.normal("noise", (count, *data.latents.shape[1:]))
+    s = sigma.view(-1, *[1] * (noise.ndim - 1))
+    x = (1.0 - s) * batch.clean + s * noise
+    return [(x[i : i + CALL], sigma[i : i + CALL], batch.cond[i : i + CALL]) for i in range(0, count, CALL)]
+
+
+@torch.no_grad()
+def velocities(trainee: Any, at: list[tuple[Tensor, Tensor, list]]) -> Tensor:
+    """The trainee's answers at the points, (count, c, h, w) fp32 on the CPU."""
+    return torch.cat([trainee.velocity(*point).cpu() for point in at])
