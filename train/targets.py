@@ -31,8 +31,8 @@ ANNEALING = ("linear", "cosine", "exponential")
 class Target:
     """kind: one of KINDS. teacher_cfg: guidance of teacher_velocity, 1 for none. anneal_steps, annealing: how β falls.
 
-    flow_share: a of teacher_velocity's target (1 − a)·v_teacher + a·(z − x0). Its squared error has the gradient of (1 − a)·‖v − v_teacher‖² +
-    a·‖v − (z − x0)‖², for the two differ by a constant.
+    flow_share: a of teacher_velocity's target (1 − a)·v_teacher + a·(z − x0). Its squared error has the gradient of
+    (1 − a)·‖v − v_teacher‖² + a·‖v − (z − x0)‖², for the two differ by a constant.
     """
 
     kind: str = "velocity"

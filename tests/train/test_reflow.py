@@ -89,8 +89,11 @@ def test_reflow_straightens_a_flow_and_keeps_what_it_draws():
     model = Plane()
     train(model, Points(eight_gaussians(16384, 1)), "velocity", 1200, 3e-3)
     bent = judged(model)
-    drawn = list(make_pairs(lambda noise, seed: sample_midpoint(model, noise, falling(20), disable=True), torch.zeros(1, 2), PAIRS, PAIRS, 100))
-    clean, seeds = (torch.cat(parts) for parts in zip(*drawn))
+
+    def end(noise: torch.Tensor, seed: int) -> torch.Tensor:
+        return sample_midpoint(model, noise, falling(20), disable=True)
+
+    clean, seeds = (torch.cat(parts) for parts in zip(*make_pairs(end, torch.zeros(1, 2), PAIRS, PAIRS, 100)))
     pairs = FlowPairs(clean, seeds, {})
     train(model, Points(pairs.clean, pairs.noise()), "reflow_pairs", 1200, 2e-3)
     straight = judged(model)
