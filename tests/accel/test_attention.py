@@ -94,7 +94,7 @@ def test_text_queries_are_dense_exactly():
 
 
 def test_grouped_time_is_a_third_of_dense():
-    """Done 6: 128 × 128 tokens in groups of 16, two heads of 64: at most 0.35 of the dense time, the best of three rounds of both in turn."""
+    """Done 6: 128 × 128 tokens in groups of 16, two heads of 64: at most 0.35 of the dense time, best of three rounds of both."""
     layout = group_layout((128, 128), GroupRule("block"))
     q, k, v = (torch.randn(1, 2, 128 * 128, 64, generator=torch.Generator().manual_seed(i)) for i in range(3))
     assert layout.share < 0.14
@@ -168,7 +168,7 @@ def test_ras_beside_groups(family, attentions, kv):
     model, ras = with_ras(toy(family), kv=kv, start=2, resets=(4, 6))
     z = noise(2, SIZE)
     plain = sample(model, z)
-    partial = sum(visit.phase == "active" for visit in ras.visits)
+    partial = sum(visit.phase == "active" for visit in ras.last.visits)
     assert 0 < partial < 8
     patched, log = grouped(model)
     out = sample(patched, z)
