@@ -3,9 +3,9 @@
     y[m, n] = s_x[m]·s_w[n]·Σ_k x_q[m, k]·w_q[n, k] + bias[n]
 
 Two forms on a CPU. Whole: torch's int8 product in chunks of rows, whose scaling is done while they lie in the cache; the weight's codes are
-all it keeps. Prepared: oneDNN does the product, the weight's scale and the change to floating point in one pass over codes laid out its way,
-a second copy; it takes unsigned activations, so that codes are moved up by its zero point of 128. On other devices the product is torch's
-own with the scales behind it.
+all it keeps. Prepared: oneDNN does the product, the weight's scale and the change to floating point in one pass over codes laid out its
+way, a second copy; it takes unsigned activations, so that codes are moved up by its zero point of 128. On other devices the product is
+torch's own with the scales behind it.
 
 Activations of fewer bits are the same product of smaller codes.
 """

@@ -11,7 +11,7 @@ PALETTES = (
     "tiny", "samplers", "schedules", "inversion", "pictures", "guidance", "steering", "metrics", "compare",
     "editing", "masks", "prediction", "caching", "region", "cache_schedules", "gated_caching", "cache_reports", "pairs", "rope", "training",
     "attention", "accelerate", "context_drop",
-    "quantization",
+    "quantization", "compressed_files",
     "pruning", "token_tools",
 )
 

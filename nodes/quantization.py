@@ -1,4 +1,4 @@
-"""Quantisation palette: models in fewer bits, what that costs in decibels, and files of them."""
+"""Quantisation palette: models in fewer bits, and what that costs in decibels."""
 
 from __future__ import annotations
 
@@ -8,20 +8,6 @@ from .declare import Node, Output, boolean, choice, integer, number, seed_input,
 GROUP = "model patches"
 _MODEL = Output("MODEL", "model", "The model with quantised layers; the given one is unchanged.")
 _REPORT = Output("STRING", "report", "A table; link it to Preview Any.")
-
-
-def _merged(model, key: str, weight):
-    """`weight` with the patches that MODEL has under `key`, float32: the host's own sum, on a module that holds nothing else."""
-    import torch
-
-    from ..host import ModelPatcher
-
-    holder = torch.nn.Module()
-    holder.weight = torch.nn.Parameter(weight.detach().float().clone(), requires_grad=False)
-    alone = ModelPatcher(holder, weight.device, weight.device)
-    alone.patches = {"weight": list(model.patches[key])}
-    alone.patch_weight_to_device("weight")
-    return holder.weight.data
 
 
 class RectiflowQuantCalibrate(Node):
@@ -75,16 +61,14 @@ class RectiflowQuantize(Node):
     SEARCH_ALIASES = ["int8", "W8A8", "W4A8", "TLQ", "LRQ-DiT", "compress", "low memory", "hadamard"]
     INPUTS = (
         socket("model", "MODEL", "A model in 16 or 32 bits."),
-        choice("weight_bits", ("8", "6", "4", "3", "2"), "Bits of a weight's code. 8 looks the same; 4 is a quarter of 16 bits; 2 is for trials.",
-            default="8",
-        ),
+        choice("weight_bits", ("8", "6", "4", "3", "2"), "Of a code. 8 looks the same; 4 is a quarter of 16 bits; 2 is for trials."),
         choice("act_bits", ("8", "16", "6", "4"), "Bits of activations, a token at its own range. 16 leaves them alone."),
         choice("group_size", ("32", "16", "64", "128", "0"), "Weights that share a scale, below 8 bits. 0: a grid a row."),
         choice("method", ("tlq", "uniform"), "Below 8 bits. tlq: steps that grow with the magnitude. uniform: equal steps."),
         choice("rotation", ("auto", "none", "hadamard", "hadamard_block", "convrot", "dual", "threshold"),
-            "auto: what errs least on the calibration. convrot: files load in the core. threshold: the paper's rule.",
+            "auto: what errs least on the calibration. convrot: files load in newer cores. threshold: the paper's rule.",
         ),
-        number("j_threshold", 1.0, 0.0, 100.0, "For threshold: layers whose input is larger than this get the dual rotation.", advanced=True),
+        number("j_threshold", 1.0, 0.0, 100.0, "For threshold: layers whose input is larger get the dual rotation.", advanced=True),
         number("smooth_alpha", 0.5, 0.0, 1.0, "Share of the weights in smoothing, where it lowers the error. 0 is off."),
         boolean("protect_down", True, "Keeps down-projections in full precision when act_bits is below 8."),
         number("keep_below_db", 0.0, 0.0, 100.0, "Layers whose error is worse than this stay in full precision. 0: none.", step=0.5),
@@ -105,6 +89,7 @@ class RectiflowQuantize(Node):
         from ..accel.quant.attach import PREFIX, chosen_layers, own_weight, put_on
         from ..accel.quant.recipe import QuantScheme, quantised_layers, report_table
         from ..host import ProgressBar, throw_if_interrupted
+        from .compressed_files import merged
 
         scheme = QuantScheme(
             int(weight_bits), int(act_bits), int(group_size), method, rotation, j_threshold, smooth_alpha, protect_down, keep_below_db,
@@ -115,7 +100,7 @@ class RectiflowQuantize(Node):
 
         def weight_of(name: str):
             key, weight = f"{PREFIX}{name}.weight", own_weight(model, name, layers[name])
-            return _merged(model, key, weight) if lora == "before" and key in model.patches else weight
+            return merged(model, key, weight) if lora == "before" and key in model.patches else weight
 
         def step() -> None:
             bar.update(1)
@@ -169,132 +154,3 @@ class RectiflowQuantReport(Node):
         chart = Chart("Velocity error of the changed model", "sigma", "SQNR in dB")
         plot = line_chart([Series("velocity", tuple(found))], chart)
         return (velocity_table(found, distance), plot, sum(value for _, value in found) / len(found))
-
-
-def _base(model) -> str:
-    """How the network of MODEL is built again."""
-    from ..tiny.weights import FLUX_SIZES
-
-    config = model.model.model_config.unet_config
-    return "tiny" if all(config.get(name) == value for name, value in FLUX_SIZES.items()) else "detect"
-
-
-class RectiflowSaveQuantized(Node):
-    """Saves a quantised model below the output folder; int8 layers in the core's own layout."""
-
-    TITLE = "Save Quantized"
-    GROUP = GROUP
-    OUTPUT_NODE = True
-    SEARCH_ALIASES = ["save model", "int8_tensorwise", "compressed", "safetensors"]
-    INPUTS = (
-        socket("model", "MODEL", "From Quantize."),
-        text("filename_prefix", "rectiflow/quantized", "Name below the output folder; a number and .safetensors are added."),
-        choice("form", ("rectiflow", "core_int8", "plain"), "rectiflow: every format. core_int8: W8A8 for a stock ComfyUI. plain: numbers "
-            "without codes.",
-        ),
-        choice("dtype", ("same", "float16", "bfloat16", "float32"), "Of the weights that are not quantised."),
-    )  # fmt: skip
-    OUTPUTS = (
-        Output("STRING", "path", "Of the file, below the output folder; for Load Quantized."),
-        Output("STRING", "report", "What was written."),
-    )
-
-    def run(self, model, filename_prefix, form, dtype):
-        from pathlib import Path
-
-        from ..accel.quant.files import model_tensors
-        from ..accel.quant.tensor_file import write_tensors
-        from ..host import get_output_directory, get_save_image_path
-
-        tensors, metadata, manifest = model_tensors(
-            model, form, dtype, _base(model), lambda key, weight: _merged(model, key, weight), self.TITLE
-        )
-        folder, name, counter, below, _ = get_save_image_path(filename_prefix, get_output_directory())
-        taken = [int(path.stem.rsplit("_", 2)[-2]) for path in Path(folder).glob(f"{name}_*_.safetensors") if _counted(path.stem)]
-        file = f"{name}_{max([counter - 1, *taken]) + 1:05}_.safetensors"
-        try:
-            write_tensors(Path(folder) / file, tensors, metadata)
-        except OSError as error:
-            remedy = "Make room, or choose another folder; what stood there is as it was."
-            raise input_error(self.TITLE, "filename_prefix", f"{file}: {error.strerror}", "a folder with room", remedy) from error
-        size = (Path(folder) / file).stat().st_size
-        report = f"{file}: {size / 2**20:.2f} MiB, {len(manifest.quant)} quantised layers, {form}, others in {manifest.dtype}"
-        return (Path(below, file).as_posix(), report)
-
-
-def _counted(stem: str) -> bool:
-    parts = stem.rsplit("_", 2)
-    return len(parts) == 3 and parts[1].isdecimal()
-
-
-def _found(path: str, where: str):
-    """A file below the output folder, or one of the host's diffusion models."""
-    from pathlib import Path
-
-    from ..host import get_full_path, get_output_directory
-
-    root = Path(get_output_directory()).resolve()
-    clean = path.strip() if "\0" not in path else ""
-    own = (root / clean).resolve() if clean else root
-    if clean and own.is_relative_to(root) and own.is_file():
-        return own
-    listed = get_full_path("diffusion_models", clean) if clean else None
-    if listed is None:
-        allowed = "a file below the output folder or in models/diffusion_models"
-        raise input_error(where, "path", path, allowed, "Give the path that Save Quantized reported.")
-    return Path(listed)
-
-
-_PATH = text("path", "rectiflow/quantized_00001_.safetensors", "As Save Quantized gives it; or a file's name in models/diffusion_models.")
-
-
-class RectiflowLoadQuantized(Node):
-    """Loads a file of Save Quantized, or an int8 file of the core, bit for bit as it was saved."""
-
-    TITLE = "Load Quantized"
-    GROUP = GROUP
-    SEARCH_ALIASES = ["load model", "int8_tensorwise", "compressed", "unet"]
-    INPUTS = (_PATH,)
-    OUTPUTS = (Output("MODEL", "model", "The model; its quantised layers hold codes, no full weights."), _REPORT)
-
-    def run(self, path):
-        import torch
-
-        from ..accel.quant.files import describe, install, read_model
-        from ..accel.quant.manifest import DTYPES
-        from ..host import build_flux_model, load_diffusion_model_state_dict
-        from ..tiny.codec import LinearCodec
-        from ..tiny.weights import FLUX_SIZES, load_weights
-        from .tiny import tiny_latent
-
-        loaded = read_model(_found(path, self.TITLE), self.TITLE)
-        dtype = DTYPES[loaded.manifest.dtype]
-        try:
-            with torch.inference_mode(False):
-                if loaded.manifest.base["kind"] == "tiny":
-                    shipped = load_weights()
-                    codec = LinearCodec(shipped.codec_basis, shipped.codec_scale, shipped.codec_mean)
-                    model = build_flux_model(loaded.plain, FLUX_SIZES, tiny_latent(codec), dtype=dtype)
-                else:
-                    model = load_diffusion_model_state_dict(loaded.prefixed(), model_options={"dtype": dtype})
-        except (ValueError, RuntimeError, KeyError) as error:
-            raise input_error(self.TITLE, "path", f"{path}: {error}"[:190], "a whole model", "Save the model again.") from error
-        if model is None:
-            allowed = "a transformer that this host knows"
-            raise input_error(self.TITLE, "path", path, allowed, "Update the host, or save the model again.")
-        return (install(model, loaded, self.TITLE), describe(loaded))
-
-
-class RectiflowCompressionInfo(Node):
-    """Says what a compressed file holds: layers, formats, bits a weight, what it was made from. Builds no model."""
-
-    TITLE = "Compression Info"
-    GROUP = GROUP
-    SEARCH_ALIASES = ["manifest", "quantized", "inspect file"]
-    INPUTS = (_PATH,)
-    OUTPUTS = (_REPORT,)
-
-    def run(self, path):
-        from ..accel.quant.files import describe, read_model
-
-        return (describe(read_model(_found(path, self.TITLE), self.TITLE)),)

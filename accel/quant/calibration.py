@@ -87,7 +87,8 @@ class QuantStats:
 @contextmanager
 def watching(layers: Mapping[str, nn.Linear]) -> Iterator[QuantStats]:
     """Note what enters these layers until the end of the block, whatever ends it."""
-    stats = QuantStats({n: LayerInputs(torch.zeros(m.in_features), torch.zeros(m.in_features, dtype=torch.float64)) for n, m in layers.items()})
+    widths = {name: module.in_features for name, module in layers.items()}
+    stats = QuantStats({n: LayerInputs(torch.zeros(k), torch.zeros(k, dtype=torch.float64)) for n, k in widths.items()})
 
     def noting(inputs: LayerInputs):
         def hook(module: nn.Module, args: tuple[Any, ...]) -> None:

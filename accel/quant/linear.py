@@ -98,7 +98,8 @@ class QuantLinear(nn.Module):
 
     @property
     def stored(self) -> StoredWeight:
-        return StoredWeight(self.layout, self.bits, self.in_features, self.weight.data, self.weight_scale, self.tlq_codebook, self.weight_s_rel)
+        tensors = (self.weight.data, self.weight_scale, self.tlq_codebook, self.weight_s_rel)
+        return StoredWeight(self.layout, self.bits, self.in_features, *tensors)
 
     @property
     def group(self) -> int:

@@ -30,7 +30,8 @@ SHORTEST = 32  # channels; below, scales and grids cost more than codes save
 TINY = 1e-5
 
 # In a block, what stays in full precision: modulation and embedding are small and multiply everything.
-SENSITIVE = re.compile(r"(?:^|[._])(?:mod|modulation|adaln|ada_ln|adaLN\w*|\w*_mod|embed\w*|\w*_embed\w*|norm\w*|gate|time\w*)(?:[._]|$)", re.I)
+_MULTIPLIERS = r"mod|modulation|adaln|ada_ln|adaLN\w*|\w*_mod|embed\w*|\w*_embed\w*|norm\w*|gate|time\w*"
+SENSITIVE = re.compile(rf"(?:^|[._])(?:{_MULTIPLIERS})(?:[._]|$)", re.I)
 DOWN = re.compile(r"(?:mlp\.2|ff(?:_context)?\.net\.2|ffn\.2|feed_forward\.w2|mlp\.fc2|mlp\.down_proj|linear2)$")
 
 

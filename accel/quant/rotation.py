@@ -25,7 +25,9 @@ from dataclasses import dataclass
 
 import torch
 
-__all__ = ["BLOCK", "CONVROT", "KINDS", "Rotation", "block_hadamard", "constant_rotation", "convrot", "dual_rotation", "hadamard", "no_rotation"]
+__all__ = [
+    "BLOCK", "CONVROT", "KINDS", "Rotation", "block_hadamard", "constant_rotation", "convrot", "dual_rotation", "hadamard", "no_rotation",
+]  # fmt: skip
 
 KINDS = ("none", "hadamard", "hadamard_block", "convrot", "dual")
 BLOCK = 128

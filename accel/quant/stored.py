@@ -127,6 +127,7 @@ def store(weight: torch.Tensor, bits: int, group: int, method: str) -> StoredWei
     uniform = method == "uniform"
     if group:
         found = fit_groups(weight, bits, group, uniform)
-        return StoredWeight("groups", bits, columns, pack(found.codes, bits), found.scale[:, None].contiguous(), found.book, found.group_scale)
+        codes, scale = pack(found.codes, bits), found.scale[:, None].contiguous()
+        return StoredWeight("groups", bits, columns, codes, scale, found.book, found.group_scale)
     rows = fit_rows(weight, bits, uniform)
     return StoredWeight("rows", bits, columns, pack(rows.codes, bits), rows.scale[:, None].contiguous(), rows.book)

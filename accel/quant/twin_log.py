@@ -8,7 +8,7 @@ trained layer are near zero with long tails; steps that grow with the magnitude 
 
 so that level 0 lies near zero and the last one at c·max. η bends the grid: small is logarithmic, large is uniform.
 
-What we do differently, all of it measured in docs/quantisation.md:
+What we do differently, all of it measured in docs/quantization.md:
 - η and the clip c are found by search relative to the weights (their grid of η is absolute, so that the error depends on the layer's
   scale), for each sign from its own entries (their code fills the other sign's places with zeros, which fixes the top of the range);
 - a weight takes the nearest level, in place of the rounded logarithm; the negative side has as many levels as fit the bits (theirs has one

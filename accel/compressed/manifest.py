@@ -16,9 +16,9 @@ from typing import Any
 
 import torch
 
-from .linear import LORA_POLICIES
-from .rotation import KINDS
-from .stored import LAYOUTS
+from ..quant.linear import LORA_POLICIES
+from ..quant.rotation import KINDS
+from ..quant.stored import LAYOUTS
 
 __all__ = ["CORE_NAME", "METADATA", "TENSOR", "VERSION", "LayerFormat", "Manifest", "ManifestError", "core_marker", "read_core_marker"]
 

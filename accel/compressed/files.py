@@ -24,11 +24,11 @@ import torch
 from torch import nn
 
 from ...errors import input_error
-from .attach import PREFIX, own_weight, quantised_parts
-from .linear import QuantLinear
+from ..quant.attach import PREFIX, own_weight, quantised_parts
+from ..quant.linear import QuantLinear
+from ..quant.rotation import BLOCK, Rotation, constant_rotation
+from ..quant.stored import StoredWeight, expected_tensors
 from .manifest import DTYPES, METADATA, TENSOR, LayerFormat, Manifest, ManifestError, core_marker, read_core_marker
-from .rotation import BLOCK, Rotation, constant_rotation
-from .stored import StoredWeight, expected_tensors
 from .tensor_file import read_tensors
 
 __all__ = ["FORMS", "Loaded", "describe", "install", "model_tensors", "read_model"]
@@ -130,7 +130,7 @@ def model_tensors(
     if form == "core_int8" and foreign:
         allowed = "W8A8 layers with rotation none or convrot and no smoothing"
         remedy = "Choose rectiflow, or quantise with 8 bits, rotation convrot and smooth_alpha 0."
-        raise input_error(where, "form", f"core_int8 with {len(foreign)} other layers: {foreign[0]}, …", allowed, remedy)
+        raise input_error(where, "format", f"core_int8 with {len(foreign)} other layers: {foreign[0]}, …", allowed, remedy)
     plain = _plain_tensors(model, parts, merge)
     widest = max((t for t in plain.values() if t.is_floating_point()), key=torch.Tensor.numel, default=torch.zeros(0))
     chosen = DTYPES.get(dtype, widest.dtype)
@@ -255,7 +255,8 @@ def read_model(path: Path, where: str) -> Loaded:
         return Loaded(manifest, layers, tensors, path.stat().st_size)
     except (OSError, ValueError) as error:
         remedy = "Save the model again, or fetch the file again."
-        raise input_error(where, "path", f"{path.name}: {error}"[:190], "a whole file of Save Quantized or an int8 file of the core", remedy) from error
+        allowed = "a whole file of Save Compressed, or an int8 file of the core"
+        raise input_error(where, "path", f"{path.name}: {error}"[:190], allowed, remedy) from error
 
 
 def install(model: Any, loaded: Loaded, where: str) -> Any:
@@ -288,8 +289,10 @@ def describe(loaded: Loaded) -> str:
     others = sum(t.nbytes for n, t in loaded.plain.items() if not (n.endswith(".weight") and n.removesuffix(".weight") in loaded.layers))
     arch = manifest.arch or "core int8 file"
     lines = [f"{arch}, made from {manifest.base_sha256_16}; {loaded.size / 2**20:.2f} MiB, others in {manifest.dtype}"]
-    lines += [f"{len(loaded.layers)} quantised layers: {weights} weights in {stored} bytes, {8 * stored / max(weights, 1):.2f} bits a weight"]
-    lines += [f"everything else: {others} bytes", "", "| layer | size | format | rotation | bits/weight | LoRA |", "|---|---|---|---|---|---|"]
+    bits = 8 * stored / max(weights, 1)
+    lines += [f"{len(loaded.layers)} quantised layers: {weights} weights in {stored} bytes, {bits:.2f} bits a weight"]
+    lines += [f"everything else: {others} bytes", ""]
+    lines += ["| layer | size | format | rotation | bits/weight | LoRA |", "|---|---|---|---|---|---|"]
     for name, form in manifest.quant.items():
         group = f" group {form.group}" if form.group else ""
         what = f"W{form.bits}A{form.act_bits} {form.layout}{group}"
