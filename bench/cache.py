@@ -2,7 +2,8 @@
 
 Four prompts in one batch under guidance 3 on the tiny model, Euler on the model's own schedule, on the CPU. Every row is one cache against
 the uncached run of the same noise: wall-clock ratio (median of the rounds, the two in turn), model calls, PSNR of the decoded pictures
-(mean and worst), relative error of the final latent (mean), most bytes kept. The first row, interval 1, is the price of the engine when it skips nothing.
+(mean and worst), relative error of the final latent (mean), most bytes kept. The first row, interval 1, is the price of the engine when
+it skips nothing.
 """
 
 from __future__ import annotations

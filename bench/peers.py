@@ -4,10 +4,10 @@ One model, one set of weights, one machine, one run: the tiny model on our host,
 under diffusers' FirstBlockCache, TaylorSeerCache and MagCache and under cache-dit's DBCache. With COMFYUI_PATH (and COMFYUI_PYTHON) also
 ComfyUI's EasyCache and LazyCache, and ours inside ComfyUI. Needs `pip install diffusers==0.42.1 cache-dit==1.5.3`.
 
-Pictures are drawn one by one, Euler, guidance 3, and every cache in turn on each picture. Writes bench/results/peers_<steps>.csv, a row a setting:
-wall-clock ratio to the same engine without a cache (median over pictures, quartiles), PSNR, SSIM and feature distance to that engine's
-uncached picture (mean and worst), evaluations made, bytes kept; and bench/results/peers_<steps>_at_ratio.csv: the PSNR of each family of settings
-at 1.5×, 2× and 3×, read off its own curve.
+Pictures are drawn one by one, Euler, guidance 3, and every cache in turn on each picture. Writes bench/results/peers_<steps>.csv, a row a
+setting: wall-clock ratio to the same engine without a cache (median over pictures, quartiles), PSNR, SSIM and feature distance to that
+engine's uncached picture (mean and worst), evaluations made, bytes kept; and bench/results/peers_<steps>_at_ratio.csv: the PSNR of each
+family of settings at 1.5×, 2× and 3×, read off its own curve.
 """
 
 from __future__ import annotations

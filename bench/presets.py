@@ -83,8 +83,8 @@ def main() -> None:
     plain = bench.sample(bench.model, prompts, 1, steps)
     points = [point for target in ("last_block", "output") for point in kept_points(bench, plain, prompts, steps, target, add)]
     measured_on = (
-        f"Rectiflow Tiny (Flux layout, 64 × 64 pixels), Euler, simple schedule, {steps} steps, guidance 3: searched on {len(LEARN)} prompts, "
-        f"measured on {len(prompts)} others"
+        f"Rectiflow Tiny (Flux layout, 64 × 64 pixels), Euler, simple schedule, {steps} steps, guidance 3: searched on {len(LEARN)} "
+        f"prompts, measured on {len(prompts)} others"
     )
     preset = {"rectiflow_preset": 1, "family": "Flux", "measured_on": measured_on, "steps": steps}
     lines = ",\n".join("    " + json.dumps(point) for point in points)

@@ -8,7 +8,7 @@ from .declare import Node, Output, number, socket, text
 
 
 class RectiflowAccelerate(Node):
-    """Makes a model faster by one number: a measured preset of its family, or a recording of your own model, says which steps to compute."""
+    """Makes a model faster by one number: a preset of its family, or a recording of your own model, says which steps to compute."""
 
     TITLE = "Accelerate"
     GROUP = GROUP

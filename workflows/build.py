@@ -54,8 +54,8 @@ NOTES = {
         "`position_interpolation` stretches all frequencies alike. **train_rows** and **train_columns** are 8 for this model, 64 for Flux."
     ),
     "accelerate": (
-        "One noise at three speeds; the previews have seconds, PSNR and which steps were computed. Change **speed**: 1 is the plain model, 1.5 "
-        "can hardly be told from it, 4 changes the picture. **Speed 2: what was chosen** says what that rests on."
+        "One noise at three speeds; the previews have seconds, PSNR and which steps were computed. Change **speed**: 1 is the plain model, "
+        "1.5 can hardly be told from it, 4 changes the picture. **Speed 2: what was chosen** says what that rests on."
     ),
     "high_resolution_attention": (
         "Twice the training side, four ways: plain; with positions stretched by **RoPE Extrapolation**; and with cheaper attention on top. "

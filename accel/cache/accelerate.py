@@ -1,4 +1,4 @@
-"""One number in place of a cache's settings: the policy, target and steps that a preset, or a recording of the user's model, gives for it."""
+"""One number in place of a cache's settings: policy, target and steps as a preset, or a recording of the user's model, gives them."""
 
 from __future__ import annotations
 
@@ -55,7 +55,8 @@ def from_preset(model: Any, speed: float, where: str) -> Chosen:
     point = preset.best(speed, targets)
     plan = _plan(point, preset, speed)
     name = arch.family if arch is not None else type(network).__name__
-    return _told(plan, model, f"speed {speed:g}: {plan.policy.line()}; granularity {plan.target}{remark}", *_figures(preset, point, speed, name))
+    head = f"speed {speed:g}: {plan.policy.line()}; granularity {plan.target}{remark}"
+    return _told(plan, model, head, *_figures(preset, point, speed, name))
 
 
 def _plan(point: Point, preset: Preset, speed: float) -> CachePlan:
@@ -74,8 +75,9 @@ def _figures(preset: Preset, point: Point, speed: float, name: str) -> list[str]
         if point.ratio < speed - 0.2:
             lines.append(f"{speed:g}× was asked; without a measurement no more than that is done: record your model and link recording")
         return lines
+    decibels = f"PSNR {point.psnr:.1f} dB, worst picture {point.psnr_worst:.1f} dB"
     return [
-        f"preset {preset.family}, measured at {point.ratio:.3g}×: PSNR {point.psnr:.1f} dB, worst picture {point.psnr_worst:.1f} dB, against no cache",
+        f"preset {preset.family}, measured at {point.ratio:.3g}×: {decibels}, against no cache",
         f"measured on {preset.measured_on}; other models differ: link recording to search on your own",
     ]  # fmt: skip
 

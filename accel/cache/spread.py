@@ -60,7 +60,9 @@ class SpreadSchedule:
     def note(self, facts: RunFacts) -> str:
         if facts.steps and facts.sigmas[0] < facts.sigmas[-1]:
             return "sigmas rise: the schedule was searched on falling ones, so even steps are computed"
-        return "" if facts.steps == self.made_for else f"searched on {self.made_for} steps; as dense in the same parts of this run's {facts.steps}"
+        if facts.steps == self.made_for:
+            return ""
+        return f"searched on {self.made_for} steps; as dense in the same parts of this run's {facts.steps}"
 
 
 @dataclass(frozen=True)

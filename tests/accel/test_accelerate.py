@@ -79,7 +79,10 @@ def test_presets_ship_for_flux_and_for_all_others():
 
 GOOD = {
     "rectiflow_preset": 1, "family": "X", "measured_on": "m", "steps": 4, "points": [
-        {"ratio": 2.0, "psnr": 30.0, "psnr_worst": 20.0, "policy": "schedule", "target": "output", "settings": {"order": 1}, "shares": [0, 0.5]},
+        {
+            "ratio": 2.0, "psnr": 30.0, "psnr_worst": 20.0, "policy": "schedule", "target": "output", "settings": {"order": 1},
+            "shares": [0, 0.5],
+        },
     ],
 }  # fmt: skip
 WRONG = [

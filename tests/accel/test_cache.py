@@ -376,7 +376,7 @@ def test_a_velocity_that_is_a_polynomial_is_forecast_exactly(tiny, axis):
 
 @pytest.mark.parametrize("inputs, says", [
     ({"start": 0.8, "end": 0.2}, "start_percent"), ({"blocks": "double:0, single:1", "target": "block_delta"}, "without gaps"),
-    ({"blocks": "nonsense", "target": "block_delta"}, "blocks"), ({"target": "modules"}, "granularity"),
+    ({"blocks": "nonsense", "target": "block_delta"}, "blocks"), ({"target": "condition"}, "granularity"),
     ({"warmup_steps": -1}, "warmup_steps"),
 ])  # fmt: skip
 def test_bad_input_is_named(cached, inputs, says):

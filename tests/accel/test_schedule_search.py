@@ -109,7 +109,9 @@ def test_recording_changes_no_picture_and_keeps_what_it_says(tiny, target):
     (run,) = recording.whole_runs("test")
     channels = {"output": 16}.get(target, tiny.model.model.diffusion_model.hidden_size)
     assert [tuple(trace.shape) for trace in run.complete().values()] == [(STEPS, 2, 16, channels)] * 2
-    assert recording.nbytes == 2 * STEPS * 2 * 16 * channels * 4  # conditions, steps, rows, tokens, channels, float32
+    numbers = 2 * STEPS * 2 * 16 * channels  # conditions, steps, rows, tokens, channels
+    guided = STEPS * 2 * 16 * 16  # the guided velocity at each step
+    assert recording.nbytes == 4 * (numbers + guided)
 
 
 def test_only_whole_runs_count_and_only_so_many_are_kept(tiny):
