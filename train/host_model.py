@@ -81,6 +81,7 @@ class HostTrainee:
         self.additions, self.about = additions, about
         self.device = guider.model_patcher.load_device
         self.features: dict[tuple[str, int], Tensor] = {}
+        self.rows: list[int] = []  # of the batch, in the present call of the network
         self.muted: Additions | None = None  # what learns on the same network, if this is a teacher that shares it
 
     def describe(self) -> dict[str, Any]:
@@ -99,6 +100,7 @@ class HostTrainee:
         inputs = [self.negative[0] if key is None else self.positive[key] for key in cond]
         parts = []
         for rows in _joinable(inputs):
+            self.rows = rows
             parts.append((rows, self._denoised(x[rows], sigma[rows], [inputs[row] for row in rows])))
         if len(parts) == 1:
             denoised = parts[0][1]

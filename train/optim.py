@@ -38,6 +38,7 @@ class Optim:
         warmup: steps of linear rise. schedule: one of SCHEDULES; "decay_at_end" is constant and falls linearly over the last
             `decay_steps`, so that a run may be prolonged or cut short at any step before these begin.
         floor: fraction of lr at the end. clip: largest gradient norm, 0 for none.
+        factors: (regular expression over parameter names, multiple of lr); the first that matches counts. Not for Muon's matrices.
     """
 
     kind: str = "adamw"
@@ -53,9 +54,11 @@ class Optim:
     clip: float = 1.0
     muon_for: str = r"blocks\..*weight$"
     muon_not_for: str = r"mod"
+    factors: tuple[tuple[str, float], ...] = ()
 
     def __post_init__(self):
         object.__setattr__(self, "betas", tuple(self.betas))
+        object.__setattr__(self, "factors", tuple((name, float(factor)) for name, factor in self.factors))
         for name, allowed in (("kind", KINDS), ("schedule", SCHEDULES)):
             if getattr(self, name) not in allowed:
                 raise input_error("Train", name, getattr(self, name), ", ".join(allowed), "Choose one of these.")
@@ -157,19 +160,18 @@ class Optimizers:
             name for name, value in params.items()
             if optim.kind == "muon" and value.ndim == 2 and wanted.search(name) and not (optim.muon_not_for and refused.search(name))
         ]  # fmt: skip
-        others = [parameter for name, parameter in params.items() if name not in set(matrices)]
         self.parts: list[tuple[torch.optim.Optimizer, float]] = []
         if matrices:
             muon = Muon([params[name] for name in matrices], optim.muon_lr, weight_decay=optim.weight_decay)
             self.parts.append((muon, optim.muon_lr))
-        if others:
-            self.parts.append((_torch_optimizer(optim, others), optim.lr))
+        if len(matrices) < len(params):
+            self.parts.append((_torch_optimizer(optim, _by_factor(optim, params, set(matrices))), optim.lr))
 
     def step(self, factor: float) -> None:
         """Move every parameter by its gradient at `factor` times its learning rate, and forget the gradients."""
         for optimizer, lr in self.parts:
             for group in optimizer.param_groups:
-                group["lr"] = lr * factor
+                group["lr"] = lr * factor * group.get("factor", 1.0)
             optimizer.step()
             optimizer.zero_grad(set_to_none=True)
 
@@ -199,7 +201,17 @@ class Optimizers:
                         optimizer.state[parameter] = entries
 
 
-def _torch_optimizer(optim: Optim, params: list[nn.Parameter]) -> torch.optim.Optimizer:
+def _by_factor(optim: Optim, params: Mapping[str, nn.Parameter], others: set[str]) -> list[dict]:
+    """Parameter groups of all but `others`, one a factor, in the order of the parameters."""
+    groups: dict[float, list[nn.Parameter]] = {}
+    for name, parameter in params.items():
+        if name not in others:
+            factor = next((factor for pattern, factor in optim.factors if re.search(pattern, name)), 1.0)
+            groups.setdefault(factor, []).append(parameter)
+    return [{"params": members, "factor": factor} for factor, members in groups.items()]
+
+
+def _torch_optimizer(optim: Optim, params: list[dict]) -> torch.optim.Optimizer:
     if optim.kind == "sgd":
         return torch.optim.SGD(params, lr=optim.lr, momentum=optim.betas[0], weight_decay=optim.weight_decay)
     if optim.kind == "adam":

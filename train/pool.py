@@ -8,18 +8,19 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Callable
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from ..errors import input_error
 from .draws import Draws, seeded
 from .host_model import train_inside, trainable_weights
 from .loop import Batch
 
-__all__ = ["Calibration", "PoolData", "inside", "points", "sample_pool", "velocities"]
+__all__ = ["Calibration", "PoolData", "Switched", "checked_pool", "inside", "points", "sample_pool", "velocities"]
 
 CALL = 8  # rows a model call has at most
 
@@ -56,6 +57,26 @@ class PoolData:
         return Batch(self.latents[rows], [row % self.prompts for row in rows.tolist()])
 
 
+@dataclass
+class Switched:
+    """A trainee as it answers inside `off`, without a gradient: the whole model, on the network of the one that learns."""
+
+    trainee: Any
+    off: Callable[[], AbstractContextManager]
+
+    def velocity(self, x: Tensor, sigma: Tensor, cond: list) -> Tensor:
+        with self.off(), torch.no_grad():
+            return self.trainee.velocity(x, sigma, cond)
+
+
+def checked_pool(teacher: Any, calibration: Calibration, where: str) -> Tensor:
+    """sample_pool of `teacher`. Raises: NodeInputError for samples that are not finite."""
+    pool = sample_pool(teacher, calibration)
+    if not bool(torch.isfinite(pool).all()):
+        raise input_error(where, "model", "samples with NaN or infinity", "a model whose samples are finite", "Try fp32, or another seed.")
+    return pool
+
+
 def inside(
     guider: Callable, model: Any, calibration: Calibration, body: Callable, additions: Any = None, about: dict | None = None
 ) -> None:
@@ -80,19 +101,18 @@ def _ordinary(conditioning: list) -> list:
 
 
 @torch.no_grad()
-def sample_pool(trainee: Any, calibration: Calibration, switch: AbstractContextManager | None = None) -> Tensor:
-    """x̂0 (count, c, h, w) fp32 on the CPU, in model space. switch: a context in which the trainee is the teacher."""
+def sample_pool(trainee: Any, calibration: Calibration) -> Tensor:
+    """x̂0 (count, c, h, w) fp32 on the CPU, in model space."""
     count, prompts = calibration.count, len(trainee.positive)
     noise = torch.randn((count, *calibration.size), generator=seeded(calibration.seed, "pool"))
     sigmas = torch.linspace(1.0, 0.0, calibration.steps + 1)
     parts = []
-    with switch or nullcontext():
-        for start in range(0, count, CALL):
-            x = noise[start : start + CALL]
-            cond = [row % prompts for row in range(start, start + len(x))]
-            for sigma, following in zip(sigmas, sigmas[1:]):
-                x = x + (following - sigma) * guided(trainee, x, sigma.expand(len(x)), cond, calibration.cfg).cpu()
-            parts.append(x)
+    for start in range(0, count, CALL):
+        x = noise[start : start + CALL]
+        cond = [row % prompts for row in range(start, start + len(x))]
+        for sigma, following in zip(sigmas, sigmas[1:]):
+            x = x + (following - sigma) * guided(trainee, x, sigma.expand(len(x)), cond, calibration.cfg).cpu()
+        parts.append(x)
     return torch.cat(parts)
 
 

@@ -17,7 +17,7 @@ from ..accel.prune.probes import Recorder, best_runs, probe_stats, trend_runs
 from ..accel.prune.scores import Dispatcher, magnitude, relative_error, sensitivity, similarity
 from ..accel.prune.select import PATTERNS, how_many, least_important, pattern, plan_without, protected
 from ..errors import input_error
-from .pool import Calibration, PoolData, inside, points, sample_pool, velocities
+from .pool import Calibration, PoolData, checked_pool, inside, points, sample_pool, velocities
 
 __all__ = ["RunSearch", "ScoreRequest", "Scored", "find_runs", "score_blocks"]
 
@@ -133,10 +133,7 @@ def on_samples(
     stack, gate = stack_under(model, where), Dispatcher()
 
     def body(trainee: Any) -> None:
-        pool = sample_pool(trainee, calibration)
-        if not bool(torch.isfinite(pool).all()):
-            got = "samples with NaN or infinity"
-            raise input_error(where, "model", got, "a model whose samples are finite", "Try fp32, or another seed.")
+        pool = checked_pool(trainee, calibration, where)
         fixed = points(PoolData(pool, len(trainee.positive)), at, calibration.seed)
         with torch.no_grad():
             measure(gate, lambda: velocities(trainee, fixed))

@@ -17,7 +17,7 @@ from __future__ import annotations
 import json
 import time
 from collections.abc import Callable
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -43,7 +43,7 @@ from .host_model import checkpoint_blocks
 from .loop import Callbacks, StepContext, Trainer
 from .optim import Optim
 from .params import Additions, ParamSubset, attach
-from .pool import Calibration, PoolData, inside, points, sample_pool, velocities
+from .pool import Calibration, PoolData, Switched, checked_pool, inside, points, sample_pool, velocities
 from .targets import Target
 
 __all__ = ["DATA", "LEARNS", "RecoverSettings", "Recovered", "recover"]
@@ -117,16 +117,10 @@ class PrunedGate:
 
 
 @dataclass
-class Teacher:
-    """The whole model as a trainee. `off` is a context in which the trainee's network is whole; empty where it always is."""
+class Teacher(Switched):
+    """The whole model; `off` is empty where its network always is whole."""
 
-    trainee: Any
-    off: Callable
     gate: PrunedGate
-
-    def velocity(self, x: Tensor, sigma: Tensor, cond: list) -> Tensor:
-        with self.off(), torch.no_grad():
-            return self.trainee.velocity(x, sigma, cond)
 
     @property
     def features(self) -> dict[str, State]:
@@ -252,16 +246,15 @@ class Recovery:
         watch = PrunedGate(frozenset(), gate.matched, {})
         watch.active = False
 
-        def off():
-            return _nothing()
-
         def body(trainee: Any) -> None:
-            self._inside(patcher, additions, about, gate, Teacher(trainee, off, watch))
+            self._inside(patcher, additions, about, gate, Teacher(trainee, nullcontext, watch))
 
         inside(self.services.guider, gate_blocks(self.teacher, stack.blocks, watch), self.calibration, body)
 
     def _inside(self, patcher: Any, additions: Additions, about: dict, gate: PrunedGate, teacher: Teacher | None) -> None:
         self.services.load([patcher])
+        for student in gate.students.values():  # where the network is whole, no host knows of them
+            student.to(patcher.load_device)
 
         @contextmanager
         def off():
@@ -280,10 +273,7 @@ class Recovery:
     def _train(self, trainee: Any, teacher: Teacher, gate: PrunedGate, additions: Additions) -> None:
         settings, prompts = self.settings, len(trainee.positive)
         with teacher.off():
-            pool = sample_pool(teacher.trainee, self.calibration)
-        if not bool(torch.isfinite(pool).all()):
-            got = "samples with NaN or infinity"
-            raise input_error(WHERE, "teacher", got, "a model whose samples are finite", "Try fp32 or another seed.")
+            pool = checked_pool(teacher.trainee, self.calibration, WHERE)
         data = PoolData(pool, prompts)
         fixed = points(data, MEASURED_AT, self.calibration.seed)
         with torch.no_grad():
@@ -337,11 +327,6 @@ class Recovery:
         model = self.services.with_lora(self.student, self.found["lora"])
         losses = [step.loss for step in trainer.history.steps]
         return Recovered(model, self.found["lora"], losses, curve_picture(trainer.history), report)
-
-
-@contextmanager
-def _nothing():
-    yield
 
 
 def recover(
