@@ -4,7 +4,7 @@
     round_trip  x0 → z → x0 at equal total evaluations, and the error of z alone against the exact noise
     overhead    seconds of a run on the tiny model against the bare loop of the same model calls
 
-Everything is on the CPU. The flows are those of tests/samplers/flows.py.
+Everything is on the CPU; seconds are process time, so set OMP_NUM_THREADS=1. The flows are those of tests/samplers/flows.py.
 """
 
 from __future__ import annotations
@@ -76,19 +76,19 @@ def bench_overhead(rounds: int, steps: int = 20) -> None:
         solver.function(lambda x, sigma, asked=asked: (asked.append((x, sigma)), model(x, sigma))[1], x, sigmas)
         bare, ours = [], []
         for _ in range(rounds):  # alternating, so that a slow moment of the machine hits both
-            start = time.perf_counter()
+            start = time.process_time()
             with torch.no_grad():
                 for state, sigma in asked:
                     model(state, sigma)
-            bare.append(time.perf_counter() - start)
-            start = time.perf_counter()
+            bare.append(time.process_time() - start)
+            start = time.process_time()
             solver.function(model, x, sigmas)
-            ours.append(time.perf_counter() - start)
+            ours.append(time.process_time() - start)
         # What the sampler itself does, apart from the model: the same run with calls that cost nothing.
-        start = time.perf_counter()
+        start = time.process_time()
         for _ in range(20):
             solver.function(lambda x, sigma: x, x, sigmas)
-        own = (time.perf_counter() - start) / 20
+        own = (time.process_time() - start) / 20
         seconds = statistics.median(bare)
         measured = [f"{seconds:.4f}", f"{statistics.median(ours):.4f}", f"{own * 1e6 / steps:.0f}", f"{100 * own / seconds:.2f}"]
         rows.append([name, len(asked), *measured])

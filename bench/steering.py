@@ -5,7 +5,8 @@
     cost       seconds and peak memory of a run: Euler, FlowChef, and steering with the gradient taken through the model
     guidance   the guider's rules on the tiny model: spread of the result, share of burnt pixels, rows that reach the model
 
-Pictures: the two that ship (the model was not trained on them) and their mirror images, one caption each, two seeds. CPU, float32.
+Pictures: the two that ship (the model was not trained on them) and their mirror images, one caption each, two seeds. CPU, float32. Seconds are
+process time, which other work on the machine barely touches; set OMP_NUM_THREADS=1 so that they are those of one core.
 """
 
 from __future__ import annotations
@@ -164,9 +165,9 @@ def bench_cost(tiny: Tiny, rounds: int, steps: int = 10) -> None:
     seconds: dict[str, list[float]] = {name: [] for name in runs}
     for _ in range(rounds):  # in turns, so that a slow moment of the machine hits all
         for name, run in runs.items():
-            start = time.perf_counter()
+            start = time.process_time()
             run()
-            seconds[name].append(time.perf_counter() - start)
+            seconds[name].append(time.process_time() - start)
     base = statistics.median(seconds["euler"])
     memory = {name: peak_bytes(run) for name, run in runs.items()}
     rows = []
@@ -196,7 +197,7 @@ def bench_guidance(tiny: Tiny, seeds: int, steps: int = 24) -> None:
                 return executor(x, *args, **kwargs)
 
             model.add_wrapper_with_key("apply_model", "count", count)
-            start = time.perf_counter()
+            start = time.process_time()
             for caption in captions:
                 guider = flow_guider(CFGGuider, model, guidance)
                 guider.set_conds(prompts[caption], prompts[""])
@@ -207,7 +208,7 @@ def bench_guidance(tiny: Tiny, seeds: int, steps: int = 24) -> None:
                 spread.append(float(out.std()))
                 burnt.append(float(((pixels < -0.02) | (pixels > 1.02)).double().mean()))
             asked = counted[0] / (len(captions) * seeds * steps)
-            seconds = time.perf_counter() - start
+            seconds = time.process_time() - start
             row = [cfg, name, f"{statistics.fmean(spread):.3f}", f"{100 * statistics.fmean(burnt):.1f}", f"{asked:.2f}", f"{seconds:.1f}"]
             rows.append(row)
     write_table("steering_guidance", ["cfg", "rule", "latent_spread", "burnt_percent", "rows_per_step", "seconds"], rows)

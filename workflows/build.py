@@ -78,6 +78,42 @@ NOTES = {
         "One picture is sampled whole and recorded, the search picks 7 of its 16 steps, and another prompt is sampled with these. "
         "Change **budget** and watch **What a budget costs**; order 0 finds other steps than order 1. Record four and more for real use."
     ),
+    "invert_with_stock_samplers": (
+        "A picture becomes noise, and stock samplers draw it back: **Noise from Latent** hands them the noise, **Flow Inversion Sigmas** both "
+        "schedules. Below, where each errs. Change **solver** of the inversion, or the **steps**; more make Euler's differences fade."
+    ),
+    "editing_by_parts": (
+        "Three editors from their nodes: RF-Inversion goes up and down, Uni-Edit meets both prompts on the way, KV-Edit draws only what its "
+        "mask covers. Change **What it shall show**; a later **end_percent**, a lower **alpha** or a smaller mask keep more of the picture."
+    ),
+    "between_two_pictures": (
+        "Two pictures become noise; points on the arc between their noises become pictures again, under a mix of both prompts. Change **t** of "
+        "**Noise Slerp** and the strength of the prompt's mix with it. More **steps** bring the ends back closer."
+    ),
+    "stochastic_and_adaptive": (
+        "One noise at the start; three of the samplers add more in every step and so end at other pictures of the same kind. The last chooses "
+        "its own steps: a smaller **rtol** and **atol** take more model calls. **eta** 0 makes every one of the others deterministic."
+    ),
+    "few_steps": (
+        "Four model calls, four rules for weights that were made for few steps; the tiny model was not, so all are rough. Load such weights "
+        "instead: **Flow UNet Sampling** says what their output means (InstaFlow: data_minus_noise, multiplier 1000), and tries it on a picture."
+    ),
+    "shift_of_the_schedule": (
+        "Ten steps each, from one noise; the shift says where they lie. Above 1 they gather near noise, where layout is decided; below 1 near "
+        "the picture. Set it in one place only: in the schedule, by **Reshift Sigmas**, or in the model. Change **to_alpha**."
+    ),
+    "is_the_flow_straight": (
+        "How far the paths from noise to picture leave a straight line, at every sigma. 0 everywhere would be one step to the picture. Change "
+        "**cfg**: guidance bends the paths. The previews have the figures, and what is constant along a path."
+    ),
+    "steering_colourise": (
+        "Only brightness is known; the model finds colours that give it. The last picture adds a wish: rather blue in the masked part. Change the "
+        "colour, **beta** of **Flow Score Cost** (too much burns), or the **noise_seed**."
+    ),
+    "outpaint_around_a_mask": (
+        "Two masks become one: the border and the eyes are drawn anew, the rest is given. Change **operation** to difference or intersection, "
+        "**spatial_ratio** of the border, or **resample**: 0 is faster and shows seams."
+    ),
     "image_to_image": (
         "Change **denoise**: 0.4 keeps most of the picture, 0.9 nearly nothing of it. "
         "Put **Load Image** in place of **Example Picture** to use a picture of your own, best 64×64."

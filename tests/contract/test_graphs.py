@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import json
+import re
 
 import pytest
 from PIL import Image
+from rectiflow import NODE_CLASS_MAPPINGS
 from rectiflow.host.embedded import run_graph
 from rectiflow.workflows.build import FOLDER, NOTES, api_graph, graph_names, object_info, to_ui, written
 
@@ -16,6 +18,10 @@ SIZES = {
     "samplers_side_by_side": (1328, 292),
 }
 
+ROOM = {"samplers", "schedules", "inversion", "editing", "steering", "guidance", "masks", "predictions", "metrics", "pictures"}
+# No CLIP image encoder ships; pairs are for training.
+WITHOUT_GRAPH = {"RectiflowClipVisionScore", "RectiflowFlowPairGenerator", "RectiflowFlowPairsLoad"}
+
 
 @pytest.fixture(scope="module")
 def info() -> dict:
@@ -25,6 +31,18 @@ def info() -> dict:
 def test_the_promised_graphs_are_there():
     assert set(SIZES) <= set(graph_names())
     assert {path.stem for path in FOLDER.glob("*.json")} == set(graph_names()) == set(NOTES)
+
+
+def test_every_node_of_the_samplers_room_is_in_a_graph_that_its_help_page_names():
+    pages = FOLDER.parent / "web" / "docs"
+    missing = []
+    for class_id, node in NODE_CLASS_MAPPINGS.items():
+        if node.GROUP not in ROOM or class_id in WITHOUT_GRAPH:
+            continue
+        named = re.findall(r"`workflows/(\w+)\.json`", (pages / f"{class_id}.md").read_text(encoding="utf-8"))
+        if not any(class_id == entry["class_type"] for name in named for entry in api_graph(name).values()):
+            missing.append(class_id)
+    assert not missing
 
 
 @pytest.mark.parametrize("name", graph_names())
