@@ -13,13 +13,14 @@ from ..accel.prune.apply import plan_of, stack_under
 from ..accel.prune.gates import gate_blocks
 from ..accel.prune.identity import model_hash
 from ..accel.prune.plan import PrunePlan
-from ..accel.prune.probes import Recorder, best_runs, probe_stats, trend_runs
+from ..accel.prune.probes import ProbeStats, Recorder, best_runs, probe_stats, probe_tables, trend_runs
 from ..accel.prune.scores import Dispatcher, magnitude, relative_error, sensitivity, similarity
 from ..accel.prune.select import PATTERNS, how_many, least_important, pattern, plan_without, protected
 from ..errors import input_error
+from ..families.stack import Stack
 from .pool import Calibration, PoolData, checked_pool, inside, points, sample_pool, velocities
 
-__all__ = ["RunSearch", "ScoreRequest", "Scored", "find_runs", "score_blocks"]
+__all__ = ["LayerStats", "RunSearch", "ScoreRequest", "Scored", "find_runs", "probe_layers", "runs_from", "score_blocks"]
 
 
 @dataclass(frozen=True)
@@ -35,16 +36,24 @@ class ScoreRequest:
 
 @dataclass(frozen=True)
 class RunSearch:
-    """remove: share of the blocks, 0 for the trend rule alone. The others as in probes.py."""
+    """remove: share of the blocks, 0 for the trend rule alone. merge: of probes.MERGES. The others as in probes.py."""
 
     remove: float = 0.0
     longest: int = 10
     largest_loss: float = 0.1
     tie: float = 1e-3
-    ridge: float = 1e-4
     protect: str = "0, -1"
-    at: int = 16
-    tokens: int = 1024
+    merge: str = "min"
+
+
+@dataclass(frozen=True)
+class LayerStats:
+    """What the probes say of a model: its stack and hash, and the CKA of every run by each way to merge streams."""
+
+    stack: Stack
+    model: str
+    tables: Mapping[str, ProbeStats]
+    seconds: float
 
 
 @dataclass(frozen=True)
@@ -95,28 +104,41 @@ def score_blocks(model: Any, request: ScoreRequest, calibration: Calibration, gu
     return Scored(plan, "\n".join(lines), scores, paths)
 
 
-def find_runs(model: Any, search: RunSearch, calibration: Calibration, guider: Callable, where: str) -> tuple[Scored, Any]:
-    """PPCL's search: probes, CKA, runs. Returns the plan and the ProbeStats it came from."""
-    stack, started = stack_under(whole_model(model, where), where), time.perf_counter()
+def probe_layers(
+    model: Any, calibration: Calibration, guider: Callable, where: str, longest: int = 10, ridge: float = 1e-4, at: int = 16,
+    tokens: int = 1024,
+) -> LayerStats:  # fmt: skip
+    """PPCL's probes of every block. at: points of the flow; tokens: kept of each stream, over all points."""
+    stack, started, found = stack_under(whole_model(model, where), where), time.perf_counter(), {}
+
+    def measure(gate: Dispatcher, ask: Callable) -> None:
+        found.update(probe_tables(_recorded(gate, ask, tokens, at), stack, longest, ridge))
+
+    on_samples(model, calibration, guider, at, where, measure)
+    return LayerStats(stack, model_hash(model), found, time.perf_counter() - started)
+
+
+def runs_from(stats: LayerStats, search: RunSearch, where: str) -> Scored:
+    """The plan of the runs that `search` finds. Raises: NodeInputError where there are none."""
+    stack, table = stats.stack, stats.tables[search.merge]
     keep = protected(search.protect, stack, where)
-    found = []
-    on_samples(
-        model, calibration, guider, search.at, where,
-        lambda gate, ask: found.append(probe_stats(_recorded(gate, ask, search.tokens, search.at), stack, search.longest, search.ridge)),
-    )  # fmt: skip
-    stats = found[0]
     if search.remove:
-        runs = best_runs(stats, how_many(search.remove, stack, keep, where), search.longest, keep)
+        runs = best_runs(table, how_many(search.remove, stack, keep, where), search.longest, keep)
     else:
-        runs = trend_runs(stats, search.longest, search.largest_loss, search.tie, keep)
+        runs = trend_runs(table, search.longest, search.largest_loss, search.tie, keep)
     if not runs:
         allowed = "a search that finds runs of two blocks or more"
         raise input_error(where, "remove", search.remove, allowed, "Raise largest_loss, protect fewer blocks, or set remove.")
-    scores = stats.scores()
-    plan = PrunePlan(stack.family, model_hash(model), stack.counts, {}, runs, method="runs", scores=scores)
-    lines = [f"runs: {plan.describe(stack)}; {time.perf_counter() - started:.2f} s", "run: 1 - CKA of the probes"]
-    lines += [f"{run.holder}.{run.first}-{run.last}: {stats.loss(run):.4f}" for run in runs]
-    return Scored(plan, "\n".join(lines), scores, tuple(block.path for block in plan.removed(stack))), stats
+    scores = table.scores()
+    plan = PrunePlan(stack.family, stats.model, stack.counts, {}, runs, method="runs", scores=scores)
+    lines = [f"runs: {plan.describe(stack)}", "number  run  1 - CKA of its probes"]
+    lines += [f"{number}: {run.holder}.{run.first}-{run.last}: {table.loss(run):.4f}" for number, run in enumerate(runs)]
+    return Scored(plan, "\n".join(lines), scores, tuple(block.path for block in plan.removed(stack)))
+
+
+def find_runs(model: Any, search: RunSearch, calibration: Calibration, guider: Callable, where: str, at: int = 16) -> Scored:
+    """Probes and search in one."""
+    return runs_from(probe_layers(model, calibration, guider, where, search.longest, at=at), search, where)
 
 
 def _recorded(gate: Dispatcher, ask: Callable, tokens: int, at: int) -> Recorder:

@@ -30,6 +30,7 @@ from ..accel.prune.gates import gate_blocks, own
 from ..accel.prune.identity import NETWORK, model_hash
 from ..accel.prune.plan import PrunePlan
 from ..accel.prune.scores import relative_error
+from ..accel.prune.students import SCHEDULED
 from ..errors import input_error
 from ..families.stack import Stack, StackBlock, State
 from .checkpoints import RunFolder, write_whole
@@ -221,6 +222,9 @@ class Recovery:
         if plan is None:
             allowed = "a model behind Apply Prune Plan, or a loaded pruned model"
             raise input_error(WHERE, "student", "a model without a plan", allowed, "Apply a plan first; Train takes whole models.")
+        if self.student.get_attachment(SCHEDULED) is not None:
+            allowed = "a model whose runs are replaced at every sigma"
+            raise input_error(WHERE, "student", "runs with a range", allowed, "Set start_percent 0 and end_percent 1 in Apply Runs.")
         stack = stack_under(self.student, WHERE)
         plan.check(stack_under(self.teacher, WHERE), model_hash(self.teacher), WHERE)
         patches = self.student.object_patches

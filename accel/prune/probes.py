@@ -11,8 +11,9 @@ A run grows from u while Δ keeps falling (the trend is second order: what each 
 blocks whose costs happen to fall make a run. With a number of blocks to remove, `best_runs` takes instead the runs with the least
 Σ (1 − cka) that remove exactly so many.
 
-Every stream of tokens has probes of its own, and a run costs what its worst stream costs. CKA is taken of normalised tokens, as the next
-block reads them: a few channels of some models are so large that the CKA of the raw tokens is 1 whatever the block does.
+Every stream of tokens has probes of its own, and a run costs what its worst stream costs, or their mean, or the image's alone. CKA is taken
+of normalised tokens, as the next block reads them: a few channels of some models are so large that the CKA of the raw tokens is 1 whatever
+the block does. The paper refines the probes by gradient steps; least squares is the minimum of that loss already.
 """
 
 from __future__ import annotations
@@ -28,7 +29,10 @@ from torch import Tensor
 from ...families.stack import Stack, StackBlock, State
 from .plan import Run
 
-__all__ = ["ProbeStats", "Recorder", "best_runs", "fit_probe", "linear_cka", "probe_stats", "trend_runs"]
+__all__ = ["MERGES", "ProbeStats", "Recorder", "best_runs", "fit_probe", "linear_cka", "probe_stats", "probe_tables", "trend_runs"]
+
+MERGES = ("min", "image", "mean")
+IMAGE = ("img", "x", "hidden_states")  # what streams of image tokens are called
 
 
 def linear_cka(a: Tensor, b: Tensor) -> float:
@@ -84,7 +88,7 @@ class Recorder:
 
 @dataclass(frozen=True)
 class ProbeStats:
-    """cka: holder → (count, count) with cka(u, v − u) at [u, v] for u ≤ v, NaN elsewhere, the worst stream of each."""
+    """cka: holder → (count, count) with cka(u, v − u) at [u, v] for u ≤ v, NaN elsewhere."""
 
     cka: Mapping[str, Tensor] = field(default_factory=dict)
 
@@ -99,12 +103,14 @@ class ProbeStats:
         }  # fmt: skip
 
 
-def probe_stats(recorder: Recorder, stack: Stack, longest: int = 10, ridge: float = 1e-4) -> ProbeStats:
-    """Probes of every block and the CKA of every run of at most `longest` blocks."""
-    tables = {}
+def probe_tables(recorder: Recorder, stack: Stack, longest: int = 10, ridge: float = 1e-4) -> dict[str, ProbeStats]:
+    """Probes of every block and the CKA of every run of at most `longest` blocks; one ProbeStats for each of MERGES."""
+    tables: dict[str, dict[str, Tensor]] = {merge: {} for merge in MERGES}
     for group in stack.groups():
         streams = [recorder.streams(block.path) for block in group]
-        table = torch.full((len(group), len(group)), float("nan"), dtype=torch.float64)
+        image = next(place for place, name in enumerate(group[0].gives) if name in IMAGE)
+        nothing = torch.full((len(group), len(group)), float("nan"), dtype=torch.float64)
+        merged = {merge: nothing.clone() for merge in MERGES}
         probes = [[fit_probe(before, after, ridge) for before, after in pairs] for pairs in streams]
         for u in range(len(group)):
             through = [before.double() for before, _ in streams[u]]
@@ -112,9 +118,17 @@ def probe_stats(recorder: Recorder, stack: Stack, longest: int = 10, ridge: floa
                 if len(probes[v]) < len(through):  # SD3's last block
                     break
                 through = [apply_probe(tokens, probe) for tokens, probe in zip(through, probes[v])]
-                table[u, v] = min(linear_cka(_read(tokens), _read(after)) for tokens, (_, after) in zip(through, streams[v]))
-        tables[group[0].holder] = table
-    return ProbeStats(tables)
+                each = [linear_cka(_read(tokens), _read(after)) for tokens, (_, after) in zip(through, streams[v])]
+                for merge, value in (("min", min(each)), ("image", each[image]), ("mean", sum(each) / len(each))):
+                    merged[merge][u, v] = value
+        for merge, table in merged.items():
+            tables[merge][group[0].holder] = table
+    return {merge: ProbeStats(found) for merge, found in tables.items()}
+
+
+def probe_stats(recorder: Recorder, stack: Stack, longest: int = 10, ridge: float = 1e-4) -> ProbeStats:
+    """probe_tables by the worst stream."""
+    return probe_tables(recorder, stack, longest, ridge)["min"]
 
 
 def trend_runs(

@@ -13,7 +13,7 @@ from rectiflow.errors import NodeInputError
 from rectiflow.families.stack import Stack, StackBlock
 from rectiflow.host import CFGGuider
 from rectiflow.metrics.bars import bar_chart
-from rectiflow.train.prune_scores import RunSearch, ScoreRequest, find_runs, score_blocks, velocity_error
+from rectiflow.train.prune_scores import RunSearch, ScoreRequest, find_runs, probe_layers, runs_from, score_blocks, velocity_error
 
 SEED = torch.Generator().manual_seed(5)
 
@@ -127,13 +127,16 @@ def test_magnitude_and_patterns_ask_nothing_of_the_model(tiny, shown):
 
 
 def test_runs_of_the_tiny_model(tiny, shown):
-    found, stats = find_runs(tiny.model, RunSearch(remove=1 / 3, at=4), shown, CFGGuider, "test")
+    stats = probe_layers(tiny.model, shown, CFGGuider, "test", at=4)
+    found = runs_from(stats, RunSearch(remove=1 / 3), "test")
     assert len(found.gone) == 3 and found.plan.runs
     stack = stack_under(tiny.model, "test")
     assert not {stack.blocks[0].path, stack.blocks[-1].path} & set(found.gone)
-    assert all(0.0 <= float(table[i, i]) <= 1.0 for table in stats.cka.values() for i in range(len(table)))
+    each = [stats.tables[merge].cka["double_blocks"] for merge in ("min", "mean", "image")]
+    assert all(0.0 <= float(table[i, i]) <= 1.0 for table in each for i in range(len(table)))
+    assert float((each[1] - each[0]).nan_to_num().min()) >= 0.0 and float((each[2] - each[0]).nan_to_num().min()) >= 0.0
     with pytest.raises(NodeInputError, match="Raise largest_loss"):
-        find_runs(tiny.model, RunSearch(largest_loss=0.0, tie=0.0, at=4), shown, CFGGuider, "test")
+        runs_from(stats, RunSearch(largest_loss=0.0, tie=0.0), "test")
     with pytest.raises(NodeInputError, match="before Apply Prune Plan"):
         find_runs(apply_plan(tiny.model, found.plan, "test"), RunSearch(remove=1 / 3), shown, CFGGuider, "test")
 
