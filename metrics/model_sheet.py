@@ -57,9 +57,9 @@ def model_table(rows: Sequence[ModelRow], rounds: int) -> str:
 
 
 def model_captions(rows: Sequence[ModelRow]) -> list[str]:
-    """A caption a model: its label, then what it costs and how near it is."""
+    """A caption a model: its label, then what it costs and how near it is. Pillow's own font has no ×."""
     first = f"{rows[0].label}: {rows[0].mib:.1f} MiB, {rows[0].seconds:.2f} s"
-    return [first] + [f"{row.label}: {row.mib:.1f} MiB, {row.speed:.2f}×, {row.psnr:.1f} dB" for row in rows[1:]]
+    return [first] + [f"{row.label}: {row.mib:.1f} MiB, {row.speed:.2f}x, {row.psnr:.1f} dB" for row in rows[1:]]
 
 
 def model_csv(rows: Sequence[ModelRow]) -> str:

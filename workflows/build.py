@@ -37,6 +37,10 @@ NOTES = {
         "Three of nine blocks are left out, then 20 training steps bring the picture back; no data set is needed. Change **method** and "
         "**remove** of **Prune Score**, or **steps**. **Recover Pruned** goes on where its **name** stopped: change it to begin anew."
     ),
+    "compressed_and_accelerated": (
+        "Two of nine blocks go, training brings the picture back, weights become 8 bits, every second step is repeated, then half of the "
+        "tokens. **Model Compare** says what each stage gives and costs; raise its **rounds** for steady seconds. Change any stage."
+    ),
     "train_a_lora": (
         "A LoRA learns one picture in 30 steps of two examples; the same seed is drawn before and after. **Train** goes on where its "
         "**name** stopped: raise **steps** to train further, change **name** to begin anew. **lora** can be linked to Save LoRA."

@@ -203,6 +203,8 @@ class PartialCall:
             plan = RowPlan(axis, start, self.tokens, self.spec.kv_repeat)
             if self.index is None:
                 keep_rows(self.store, self.keys, layer, plan, k, v)
+            elif any((key, layer) not in self.store.rows for key in self.keys):
+                raise Unfit(f"an attention of {tag.name} that no whole call reached")
             else:
                 k, v = all_rows(self.store, self.keys, layer, plan, self.index, k, v)
             return inner(q, k, v, *args, **kwargs)

@@ -35,8 +35,16 @@ class KVStore:
         self.rows: dict[tuple[Hashable, Layer], tuple[torch.Tensor, torch.Tensor]] = {}
         self.nbytes = self.peak = 0
 
+    def count(self, key: Hashable) -> int:
+        """Attentions whose rows are held."""
+        return sum(owner == key for owner, _ in self.rows)
+
     def has(self, key: Hashable) -> bool:
-        return sum(owner == key for owner, _ in self.rows) >= self.layers
+        return self.count(key) >= self.layers
+
+    def expect(self, layers: int) -> None:
+        """A whole call reached only so many attentions: blocks were left out of the model."""
+        self.layers = layers
 
     def stored(self, x: torch.Tensor) -> torch.Tensor:
         """x as it is kept: a tensor of its own."""

@@ -203,8 +203,12 @@ class RegionRun:
         except Unfit as reason:
             self._warn(f"a call was made whole: {reason}")
             return go(None)
-        if not all(self.store.has(key) for key in keys):
+        reached = min(self.store.count(key) for key in keys)
+        if not reached:
             self._warn("no keys and values came from this model's attention; kv_cache none works without them")
+        elif reached < self.store.layers:
+            self.record.note(f"{reached} of {self.store.layers} attentions are there; blocks were left out of this model")
+            self.store.expect(reached)
         return out
 
     def _partial(self, x: torch.Tensor, sigma: float, keys: Sequence[Hashable], go: Go) -> torch.Tensor | None:

@@ -13,7 +13,7 @@ from rectiflow.accel.prune.identity import NETWORK, model_hash, original_module
 from rectiflow.accel.prune.plan import PrunePlan, Run, plan_from_json
 from rectiflow.accel.prune.select import how_many, least_important, pattern, plan_without, protected
 from rectiflow.errors import NodeInputError
-from rectiflow.tests.accel.region_toys import FAMILIES, noise, sample, toy
+from rectiflow.tests.accel.region_toys import FAMILIES, noise, sample, toy, with_ras
 
 REMOVED = {
     "flux": ("double_blocks.1", "single_blocks.0"), "sd3": ("joint_blocks.1", "joint_blocks.2"), "lumina2": ("layers.1", "layers.3"),
@@ -29,17 +29,32 @@ def case(request):
     return request.param, model, stack, plan_without(gone, stack, model_hash(model), "test")
 
 
-def test_skipping_equals_a_network_built_without_the_blocks(case):
-    """Another network of the family that has only the kept blocks, in order, gives the same latent to 1e-6."""
-    family, model, stack, plan = case
-    skipped = sample(apply_plan(model, plan, "test"), noise(), steps=3)
+def built_without(family, plan):
+    """Another network of the family that has only the kept blocks, in order."""
     shorter = toy(family)
     network = shorter.model.diffusion_model
     for holder, kept in plan.kept.items():
         blocks = getattr(network, holder)
         setattr(network, holder, torch.nn.ModuleList(blocks[index] for index in kept))
-    assert torch.allclose(skipped, sample(shorter, noise(), steps=3), atol=1e-6)
+    return shorter
+
+
+def test_skipping_equals_a_network_built_without_the_blocks(case):
+    family, model, _, plan = case
+    skipped = sample(apply_plan(model, plan, "test"), noise(), steps=3)
+    assert torch.allclose(skipped, sample(built_without(family, plan), noise(), steps=3), atol=1e-6)
     assert not torch.allclose(skipped, sample(model, noise(), steps=3), atol=1e-3)
+
+
+def test_regions_complete_the_keys_of_the_blocks_that_are_left(case):
+    """Region-adaptive sampling on a pruned model is that on a network built without the blocks, and computes as many tokens in part."""
+    family, model, _, plan = case
+    on_plan, log = with_ras(apply_plan(model, plan, "test"))
+    on_shorter, other = with_ras(built_without(family, plan))
+    assert torch.allclose(sample(on_plan, noise()), sample(on_shorter, noise()), atol=1e-5)
+    phases = [visit.phase for visit in log.last.visits]
+    assert phases == [visit.phase for visit in other.last.visits] and "active" in phases
+    assert any("blocks were left out" in note for note in log.last.notes)
 
 
 def test_a_run_with_and_without_the_plan_in_turn_leaves_nothing(case):
