@@ -145,9 +145,12 @@ class RectiflowModelCompare(Node):
         Output("IMAGE", "grid", "A picture a model, with what it costs and how near it is."),
         Output("STRING", "table", "A line a model: MiB of weights, seconds, speed, model calls, PSNR, SSIM, feature distance."),
         Output("STRING", "csv", "The same for a spreadsheet."),
+        Output("LATENT", "latents", "What each model drew, one after the other; VAE Decode gives the whole pictures."),
     )
 
     def run(self, noise, positive, negative, sampler, sigmas, latent_image, vae, cfg, labels, rounds, scale, **models):
+        import torch
+
         from ..host import ProgressBar
         from ..metrics.fidelity import figures
         from ..metrics.model_sheet import model_captions, model_csv, model_row, model_table, shrunk
@@ -157,21 +160,24 @@ class RectiflowModelCompare(Node):
         given = {slot: models[f"model_{slot}"] for slot in range(1, MODELS + 1) if models.get(f"model_{slot}") is not None}
         lines = dict(enumerate((line.strip() for line in labels.strip("\n").split("\n")), start=1))
         bar = ProgressBar(len(given) * (rounds + 1) * max(len(sigmas) - 1, 1))
-        rows, pictures, timed = [], [], {}
+        rows, pictures, latents, timed = [], [], [], {}
         for slot, model in given.items():
-            picture, timed[slot] = self._timed(model, (positive, negative, cfg), (noise, latent_image, bar), (sampler, sigmas), rounds, vae)
+            latent, timed[slot] = self._timed(model, (positive, negative, cfg), (noise, latent_image, bar), (sampler, sigmas), rounds)
+            picture = vae.decode(latent)[..., :3].float().cpu()
+            picture = picture.reshape(-1, *picture.shape[-3:])  # frames of clips count as pictures
             near = figures(picture, pictures[0] if pictures else picture, None, "gaussian", where=self.TITLE)
             seen = RectiflowFeatureDistance().run(shrunk(picture), shrunk(pictures[0] if pictures else picture), 0.2, FEATURES, 0)[0]
             pictures.append(picture)
+            latents.append(latent)
             distances = (float(near.psnr.mean()), float(near.ssim.mean()), seen)
             label = lines.get(slot) or f"model {slot}"
             rows.append(model_row(label, model.model_size(), timed[slot], next(iter(timed.values())), distances))
         grid = picture_grid([batch[0] for batch in pictures], model_captions(rows), GridLayout(scale=scale, gap=8, font_size=12))
-        return (grid, model_table(rows, rounds), model_csv(rows))
+        return (grid, model_table(rows, rounds), model_csv(rows), {"samples": torch.cat(latents)})
 
     @staticmethod
-    def _timed(model, guidance, start, steps, rounds: int, vae):
-        """The pictures of the first run, and the times of the runs after it."""
+    def _timed(model, guidance, start, steps, rounds: int):
+        """The latent of the first run, and the times of the runs after it."""
         from ..host import CFGGuider
         from ..metrics.stopwatch import Stopwatch
 
@@ -181,5 +187,4 @@ class RectiflowModelCompare(Node):
         guider.set_cfg(guidance[2])
         run = _runner(guider, *start)
         latents = [run(*steps) for _ in range(rounds + 1)]
-        pictures = vae.decode(latents[0])[..., :3].float().cpu()
-        return pictures.reshape(-1, *pictures.shape[-3:]), stopwatch.warm  # frames of clips count as pictures
+        return latents[0], stopwatch.warm

@@ -19,7 +19,11 @@ pytestmark = pytest.mark.comfyui
 
 # The two hosts add up attention and matrix products in different orders, in fp32 on the CPU, over 28 guided steps.
 LATENT_TOLERANCE = 1e-4
-SAMPLED_CLASSES = ("KSampler", "SamplerCustom", "SamplerCustomAdvanced", "RectiflowEditCompare")
+# Rounded activations: a number on the edge between two codes falls either way, and the rest of the run follows. Measured 9e-3 at 8 bits.
+ROUNDED_TOLERANCE = 2e-2  # root mean square over the latent's own
+ROUNDING = {"RectiflowQuantize", "RectiflowLoadCompressed"}
+SAMPLED_CLASSES = {"KSampler": 0, "SamplerCustom": 0, "SamplerCustomAdvanced": 0, "RectiflowEditCompare": 0, "RectiflowModelCompare": 3}
+SECONDS_IN_PICTURES = {"RectiflowModelCompare"}  # captions that no two runs have alike; the latents are compared
 SAMPLING_INSIDE = {"RectiflowSolverCompare"}  # these hand out pictures only, so the pictures are what is compared
 
 
@@ -45,16 +49,21 @@ def test_the_graph_gives_the_same_picture_and_latent(name, comfyui_server, embed
 
 def both_hosts_agree(graph: dict, comfyui_server, embedded) -> None:
     graph = with_saved_latents(graph)
+    rounded = any(node["class_type"] in ROUNDING for node in graph.values())
     here = run_graph(graph, embedded)
     there = comfyui_server.run(graph)
     for node_id, shown in here.outputs.items():
+        source = graph[node_id]["inputs"].get("images", [""])[0]
+        if source in graph and graph[source]["class_type"] in SECONDS_IN_PICTURES:
+            continue
         for kind, files in shown.items():
             if kind == "text":  # reports hold seconds
                 continue
             for mine, other in zip(files, there["outputs"][node_id][kind], strict=True):
                 if mine["type"] == other["type"] == "temp":  # previews; what they show is drawn from what is compared
                     continue
-                compare(path_of(mine, embedded.paths.get_directory_by_type("output")), path_of(other, comfyui_server.folder / "output"))
+                mine = path_of(mine, embedded.paths.get_directory_by_type("output"))
+                compare(mine, path_of(other, comfyui_server.folder / "output"), rounded)
 
 
 def with_saved_latents(graph: dict) -> dict:
@@ -63,7 +72,8 @@ def with_saved_latents(graph: dict) -> dict:
     samplers = [key for key, node in graph.items() if node["class_type"] in SAMPLED_CLASSES]
     assert samplers or SAMPLING_INSIDE & {node["class_type"] for node in graph.values()}
     for key in samplers:
-        graph[f"latent_of_{key}"] = {"class_type": "SaveLatent", "inputs": {"samples": [key, 0], "filename_prefix": f"contract/{key}"}}
+        latent = [key, SAMPLED_CLASSES[graph[key]["class_type"]]]
+        graph[f"latent_of_{key}"] = {"class_type": "SaveLatent", "inputs": {"samples": latent, "filename_prefix": f"contract/{key}"}}
     return graph
 
 
@@ -72,11 +82,14 @@ def path_of(shown: dict, output: str | Path) -> Path:
     return Path(output, shown["subfolder"], shown["filename"])
 
 
-def compare(here: Path, there: Path) -> None:
+def compare(here: Path, there: Path, rounded: bool) -> None:
     if here.suffix == ".latent":
         ours, theirs = (load_file(path)["latent_tensor"] for path in (here, there))
+        if rounded:
+            assert (ours - theirs).norm() <= ROUNDED_TOLERANCE * theirs.norm()
+            return
         torch.testing.assert_close(ours, theirs, atol=LATENT_TOLERANCE, rtol=0)
-    else:
+    elif not rounded:
         ours, theirs = (numpy.asarray(Image.open(path), dtype=numpy.int16) for path in (here, there))
         assert abs(ours - theirs).max() <= 1  # a value on the edge between two 8-bit levels may fall either way
 

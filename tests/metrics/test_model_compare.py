@@ -26,7 +26,7 @@ def test_equal_models_are_equal_and_a_cache_is_counted(tiny):
         "RectiflowIntervalCache", model=tiny.model, interval=2, warmup_steps=0, tail_steps=0, granularity="last_block", blocks="",
         start_percent=0.0, end_percent=1.0, store_dtype="same", store_device="model", max_mib=512,
     )[:2]  # fmt: skip
-    grid, table, text = compared(tiny, rounds=2, batch=2, model_1=tiny.model, model_2=tiny.model.clone(), model_4=half)
+    grid, table, text, _ = compared(tiny, rounds=2, batch=2, model_1=tiny.model, model_2=tiny.model.clone(), model_4=half)
     rows = list(csv.DictReader(io.StringIO(text)))
     assert [row["label"] for row in rows] == ["plain", "same", "model 4"]
     assert [float(row["psnr"]) for row in rows[:2]] == [math.inf] * 2 and [float(row["features"]) for row in rows[:2]] == [0.0, 0.0]
@@ -39,12 +39,13 @@ def test_equal_models_are_equal_and_a_cache_is_counted(tiny):
 
 
 def test_the_grid_shows_what_each_model_draws(tiny):
-    grid = compared(tiny, model_1=tiny.model, model_2=tiny.model)[0]
+    grid, _, _, latents = compared(tiny, model_1=tiny.model, model_2=tiny.model)
     found = grid[0, 8 : 8 + 64, 8 : 8 + 64]
     guider = tiny.guider(cfg=2.0)
     latent = tiny.empty(1, 16)
     sampler = sampler_object("euler")
     drawn = guider.sample(tiny.noise().generate_noise(latent), latent["samples"], sampler, tiny.sigmas(6), disable_pbar=True, seed=7)
+    assert torch.equal(latents["samples"], torch.cat([drawn, drawn]))
     # 8-bit captions and pictures: half a level
     torch.testing.assert_close(found, tiny.vae.decode(drawn)[0].float().clamp(0, 1), atol=0.5 / 255 + 1e-4, rtol=0)
 
