@@ -49,26 +49,34 @@ class RectiflowFlowPairGenerator(Node):
 
         import torch
 
-        from ..host import ProgressBar, fix_empty_latent_channels, get_output_directory, get_save_image_path, sample_custom
-        from ..samplers.pairs import FlowPairs, facts_of, make_pairs, save_pairs
+        from ..host import ProgressBar, fix_empty_latent_channels, get_output_directory, get_save_image_path, sample_custom, sampler_object
+        from ..samplers.pair_store import PairStore
+        from ..samplers.pairs import facts_of, save_pairs
+        from ..samplers.stochastic import RowNoise
         from ..samplers.walk import check_sigmas
 
         check_sigmas(sigmas, self.TITLE)
         empty = torch.zeros_like(fix_empty_latent_channels(model, latent["samples"])[:1])
         to_model, bar = model.get_model_object("process_latent_in"), ProgressBar(count)
 
-        def sample(noise, first_seed):
+        def drawn(noise, first_seed, solver=sampler, along=sigmas):
             start = empty.expand_as(noise)
-            drawn = sample_custom(model, noise, cfg, sampler, sigmas, positive, negative, start, disable_pbar=True, seed=first_seed)
-            bar.update(len(noise))
-            return to_model(drawn)
+            return sample_custom(model, noise, cfg, solver, along, positive, negative, start, disable_pbar=True, seed=first_seed)
 
-        clean, seeds = (torch.cat(parts) for parts in zip(*make_pairs(sample, empty, count, batch, seed)))
-        pairs = FlowPairs(clean, seeds, facts_of(positive, negative, cfg, sampler, sigmas))
+        def sample(noise, first_seed):
+            made = to_model(drawn(noise, first_seed))
+            bar.update(len(noise))
+            return made
+
         folder, name, counter, below, _ = get_save_image_path(path, get_output_directory())
+        probe = drawn(RowNoise(empty.float().cpu(), seed).draw(), seed, sampler_object("euler"), torch.stack((sigmas[0], sigmas[0] * 0)))
+        store = PairStore(Path(folder), facts_of(positive, negative, cfg, sampler, sigmas), empty, seed, probe)
+        pairs, kept = store.make(sample, count, batch)
         file = f"{name}_{counter:05}_.safetensors"
         save_pairs(pairs, Path(folder) / file)
-        return (pairs, f"{pairs.line()}\n{Path(below, file).as_posix()}")
+        store.forget()
+        resumed = f"\n{kept} of them were there from an interrupted run" if kept else ""
+        return (pairs, f"{pairs.line()}\n{Path(below, file).as_posix()}{resumed}")
 
 
 class RectiflowFlowPairsLoad(Node):

@@ -62,17 +62,29 @@ class RectiflowPairDataset(Node):
     INPUTS = (
         socket("pairs", "FLOW_PAIRS", "From Flow Pair Generator."),
         socket("positive", "CONDITIONING", "The prompt that the pairs were made with."),
+        socket("more", "DATASET", "Pairs of another prompt that are added in front.", optional=True),
+        boolean("flip", False, "Mirror every second pair; not for letters, or prompts with left and right.", optional=True, advanced=True),
     )
     OUTPUTS = (DATASET,)
 
-    def run(self, pairs, positive):
+    def run(self, pairs, positive, more=None, flip=False):
         from ..train.dataset import Dataset
         from ..train.host_model import ordinary
 
-        clean, noise = ordinary(pairs.clean), ordinary(pairs.noise())
-        made = Dataset(tuple(clean), tuple(ordinary(list(positive))), noise=tuple(noise), facts=repr(dict(pairs.facts)))
+        clean, noise, prompts = tuple(ordinary(pairs.clean)), tuple(ordinary(pairs.noise())), tuple(ordinary(list(positive)))
+        made = Dataset(clean, prompts, noise=noise, facts=repr(dict(pairs.facts)), flip=flip)
         made.check(self.TITLE)
+        if more is not None:
+            if not more.noise or more.flip != flip:
+                allowed = "pairs, from a Pair Dataset with the same flip"
+                raise input_error(self.TITLE, "more", "examples of another kind", allowed, "Link another Pair Dataset.")
+            prompts = _one_each(more) + _one_each(made)
+            made = Dataset(more.latents + clean, prompts, noise=more.noise + noise, facts=more.facts + made.facts, flip=flip)
         return (made,)
+
+
+def _one_each(data):
+    return data.conditioning * len(data) if len(data.conditioning) == 1 else data.conditioning
 
 
 class RectiflowTrainParams(Node):
@@ -136,21 +148,26 @@ class RectiflowTrainTarget(Node):
     GROUP = GROUP
     SEARCH_ALIASES = ["reflow", "distillation", "teacher"]
     INPUTS = (
-        choice("kind", ("velocity", "teacher_velocity", "reflow_pairs", "annealing_reflow", "distill_onestep"),
+        choice("kind", ("velocity", "teacher_velocity", "reflow_pairs", "annealing_reflow", "distill_onestep", "flow_guided_distill"),
             "velocity: flow matching on the data. teacher_velocity: what the linked model answers. The others need pairs."),
         number("teacher_cfg", 1.0, 0.0, 100.0, "Guidance of the teacher; the student then needs none.", step=0.1),
         integer("anneal_steps", 0, 0, 1000000, "annealing_reflow: steps over which fresh noise gives way to the pairs'."),
         choice("annealing", ("linear", "cosine", "exponential"), "How it gives way.", advanced=True),
-        socket("teacher", "MODEL", "For teacher_velocity.", optional=True),
+        socket("teacher", "MODEL", "For teacher_velocity. For flow_guided_distill the reflowed model, such as Train's own.", optional=True),
+        number("two_step_weight", 1.0, 0.0, 1000.0, "flow_guided_distill: weight of the two-step target; 0 is distill_onestep.",
+            optional=True, advanced=True),
+        number("t_min", 0.2, 0.01, 0.99, "flow_guided_distill: least length of the first of the two steps.", optional=True, advanced=True),
+        number("t_max", 0.8, 0.01, 0.99, "Largest length of it.", optional=True, advanced=True),
+        choice("first_step", ("student", "flow"), "flow_guided_distill: who takes the first step.", optional=True, advanced=True),
     )
     OUTPUTS = (Output("TRAIN_TARGET", "target", "For Train."),)
 
-    def run(self, kind, teacher_cfg, anneal_steps, annealing, teacher=None):
-        from ..train.targets import Target
+    def run(self, kind, teacher_cfg, anneal_steps, annealing, teacher=None, **two_step):
+        from ..train.targets import NEEDS_TEACHER, Target
 
-        if kind == "teacher_velocity" and teacher is None:
+        if kind in NEEDS_TEACHER and teacher is None:
             raise input_error(self.TITLE, "teacher", None, "a MODEL", "Link the model that shall be followed.")
-        return ((Target(kind, teacher_cfg, anneal_steps, annealing), teacher),)
+        return ((Target(kind, teacher_cfg, anneal_steps, annealing, **two_step), teacher if kind in NEEDS_TEACHER else None),)
 
 
 class RectiflowTrainLoss(Node):

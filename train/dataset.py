@@ -21,7 +21,8 @@ class Dataset:
     """What a data node hands on.
 
     latents: one (c, …) tensor an example, as a LATENT holds it (not scaled for a model). conditioning: CONDITIONING entries, one an
-    example or one for all. weights: (1, h, w) masks in latent cells, one an example, or none.
+    example or one for all. weights: (1, h, w) masks in latent cells, one an example, or none. noise: of each latent where they are pairs,
+    which are in a model's space already; facts: what joined the pairs. flip: mirror every second pair, noise and picture alike.
     """
 
     latents: tuple[Tensor, ...]
@@ -29,6 +30,7 @@ class Dataset:
     weights: tuple[Tensor, ...] = ()
     noise: tuple[Tensor, ...] = ()
     facts: str = ""
+    flip: bool = False
 
     def __len__(self) -> int:
         return len(self.latents)
@@ -50,15 +52,15 @@ class LatentData:
 
     Args:
         latents: (c, …) fp32 in model space. prompts: conditions there are, 1 or one a latent.
-        noise: of each latent where they are pairs. weights: masks of the latents.
+        noise: of each latent where they are pairs. weights: masks of the latents. flip: mirror about every second pair from left to right.
     """
 
     def __init__(
         self, latents: Sequence[Tensor], prompts: int, noise: Sequence[Tensor] | None = None, weights: Sequence[Tensor] = (),
-        facts: str = "",
+        facts: str = "", flip: bool = False,
     ):  # fmt: skip
-        self.latents, self.prompts, self.noise, self.weights = list(latents), prompts, noise, list(weights)
-        digest = hashlib.sha256(facts.encode())
+        self.latents, self.prompts, self.noise, self.weights, self.flip = list(latents), prompts, noise, list(weights), flip
+        digest = hashlib.sha256(facts.encode() + b"flip" * flip)
         for latent in self.latents:
             digest.update(repr(tuple(latent.shape)).encode() + latent.contiguous().numpy().tobytes())
         self.fingerprint = digest.hexdigest()
@@ -71,9 +73,10 @@ class LatentData:
 
     def batch(self, rows: Tensor, draws: Draws) -> Batch:
         chosen = rows.tolist()
-        return Batch(
-            torch.stack([self.latents[row] for row in chosen]),
-            [row if self.prompts > 1 else 0 for row in chosen],
-            torch.stack([self.weights[row] for row in chosen]) if self.weights else None,
-            torch.stack([self.noise[row] for row in chosen]) if self.noise is not None else None,
-        )
+        clean = torch.stack([self.latents[row] for row in chosen])
+        noise = torch.stack([self.noise[row] for row in chosen]) if self.noise is not None else None
+        if self.flip and noise is not None:
+            mirrored = draws.uniform("flip", (len(chosen),)) < 0.5
+            clean[mirrored], noise[mirrored] = clean[mirrored].flip(-1), noise[mirrored].flip(-1)
+        weight = torch.stack([self.weights[row] for row in chosen]) if self.weights else None
+        return Batch(clean, [row if self.prompts > 1 else 0 for row in chosen], weight, noise)

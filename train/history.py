@@ -1,4 +1,4 @@
-"""What a run tells about itself while it learns: the loss of every step and every validation, in memory and as CSV."""
+"""What a run tells about itself while it learns: the loss of every step, every validation and every straightness, in memory and as CSV."""
 
 from __future__ import annotations
 
@@ -7,9 +7,10 @@ import math
 from dataclasses import dataclass, field
 from pathlib import Path
 
-__all__ = ["History", "StepRecord", "ValidationRecord"]
+__all__ = ["History", "StepRecord", "StraightnessRecord", "ValidationRecord"]
 
 LOSS_COLUMNS = ("step", "loss", "gradient_norm", "lr_factor", "skipped")
+STRAIGHTNESS_COLUMNS = ("step", "beta", "s", "s_relative")
 FLUSH_EVERY = 20
 
 
@@ -26,12 +27,26 @@ class StepRecord:
 
 @dataclass(frozen=True)
 class ValidationRecord:
-    """Velocity error after `step` steps on fixed examples: a mean and one number a sigma bin, with the weights or their average."""
+    """Velocity error after `step` steps on fixed examples: a mean and one number a sigma of `sigmas`, with the weights or their average."""
 
     step: int
     weights: str
     mean: float
     bins: tuple[float, ...]
+    sigmas: tuple[float, ...]
+
+
+@dataclass(frozen=True)
+class StraightnessRecord:
+    """S of the flow's own paths after `step` steps, of the average where one is kept; relative: over the squared length of the paths.
+
+    beta: how much of a pair's noise was fresh then, 0 where nothing is annealed.
+    """
+
+    step: int
+    beta: float
+    value: float
+    relative: float
 
 
 @dataclass
@@ -41,6 +56,7 @@ class History:
     folder: Path | None = None
     steps: list[StepRecord] = field(default_factory=list)
     validations: list[ValidationRecord] = field(default_factory=list)
+    straightness: list[StraightnessRecord] = field(default_factory=list)
     _waiting: int = 0
 
     @classmethod
@@ -51,9 +67,13 @@ class History:
             record = StepRecord(int(row[0]), float(row[1]), float(row[2]), float(row[3]), row[4] == "1")
             if record.step <= up_to:
                 history.steps.append(record)
+        sigmas = tuple(float(name.removeprefix("sigma_")) for name in _header(folder / "validation.csv")[3:])
         for row in _rows(folder / "validation.csv"):
             if int(row[0]) <= up_to:
-                history.validations.append(ValidationRecord(int(row[0]), row[1], float(row[2]), tuple(map(float, row[3:]))))
+                history.validations.append(ValidationRecord(int(row[0]), row[1], float(row[2]), tuple(map(float, row[3:])), sigmas))
+        for row in _rows(folder / "straightness.csv"):
+            if int(row[0]) <= up_to:
+                history.straightness.append(StraightnessRecord(int(row[0]), *map(float, row[1:])))
         history.rewrite()
         return history
 
@@ -68,6 +88,11 @@ class History:
         if self.folder is not None:
             _append(self.folder / "validation.csv", self._validation_header(), [_validation_row(record)])
 
+    def straightened(self, record: StraightnessRecord) -> None:
+        self.straightness.append(record)
+        if self.folder is not None:
+            _append(self.folder / "straightness.csv", STRAIGHTNESS_COLUMNS, [_straightness_row(record)])
+
     def flush(self) -> None:
         if self.folder is not None and self._waiting:
             _append(self.folder / "loss.csv", LOSS_COLUMNS, [_step_row(record) for record in self.steps[-self._waiting :]])
@@ -81,6 +106,8 @@ class History:
         _write(self.folder / "loss.csv", LOSS_COLUMNS, [_step_row(record) for record in self.steps])
         if self.validations:
             _write(self.folder / "validation.csv", self._validation_header(), [_validation_row(r) for r in self.validations])
+        if self.straightness:
+            _write(self.folder / "straightness.csv", STRAIGHTNESS_COLUMNS, [_straightness_row(r) for r in self.straightness])
 
     def mean_loss(self, last: int = 50) -> float:
         """Mean over the last finite losses; NaN where there are none."""
@@ -93,8 +120,7 @@ class History:
         return min(averaged, key=lambda record: record.mean, default=None)
 
     def _validation_header(self) -> tuple[str, ...]:
-        bins = len(self.validations[-1].bins)
-        return ("step", "weights", "mean", *(f"sigma_{(i + 0.5) / bins:.3f}" for i in range(bins)))
+        return ("step", "weights", "mean", *(f"sigma_{sigma:.3f}" for sigma in self.validations[-1].sigmas))
 
 
 def _step_row(record: StepRecord) -> tuple:
@@ -103,6 +129,17 @@ def _step_row(record: StepRecord) -> tuple:
 
 def _validation_row(record: ValidationRecord) -> tuple:
     return record.step, record.weights, repr(record.mean), *map(repr, record.bins)
+
+
+def _straightness_row(record: StraightnessRecord) -> tuple:
+    return record.step, repr(record.beta), repr(record.value), repr(record.relative)
+
+
+def _header(path: Path) -> list[str]:
+    if not path.is_file():
+        return []
+    with open(path, encoding="utf-8", newline="") as file:
+        return next(csv.reader(file), [])
 
 
 def _rows(path: Path) -> list[list[str]]:

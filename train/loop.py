@@ -20,9 +20,10 @@ from .checkpoints import Checkpoint, RunFolder
 from .config import TrainConfig
 from .draws import Draws, Order
 from .ema import Ema
-from .history import History, StepRecord, ValidationRecord
+from .history import History, StepRecord, StraightnessRecord, ValidationRecord
 from .optim import Optimizers, lr_factor
-from .targets import Point, point_at, teacher_velocity
+from .targets import AT_NOISE, NEEDS_PAIRS, NEEDS_TEACHER, Point, point_at, teacher_velocity
+from .two_step import TwoStep
 from .validation import Validation
 
 __all__ = ["Auxiliary", "Batch", "Callbacks", "Data", "NotFiniteError", "StepContext", "Trainee", "Trainer"]
@@ -69,13 +70,28 @@ class Trainee(Protocol):
 
 @dataclass(frozen=True)
 class StepContext:
-    """What an auxiliary loss may look at: the micro-batch, its point, the prediction, and the step counted from 0."""
+    """What an auxiliary loss may look at: the micro-batch, its point, the prediction, and the step counted from 0.
+
+    draws, start, examples: what the step draws from, the micro-batch's first example, and how many examples the step has.
+    """
 
     trainee: Trainee
     point: Point
     prediction: Tensor
     cond: list[Any]
     step: int
+    draws: Draws
+    start: int
+    examples: int
+
+    def normal(self, stream: str) -> Tensor:
+        """Normal numbers of the micro-batch's shape (b, …): its rows of what is drawn for the whole step."""
+        count = len(self.cond)
+        return self.draws.normal(stream, (self.examples, *self.point.x.shape[1:]))[self.start : self.start + count]
+
+    def uniform(self, stream: str) -> Tensor:
+        """Uniform numbers (b,), likewise."""
+        return self.draws.uniform(stream, (self.examples,))[self.start : self.start + len(self.cond)]
 
 
 class Auxiliary(Protocol):
@@ -131,7 +147,12 @@ class Trainer:
         self.optimizers = Optimizers(self.config.optim, self.params)
         self.ema = Ema(self.params, self.config.ema)
         self.order = Order(self.data.buckets(), self.config.seed, self.config.examples)
-        self.validation = Validation(self.held_out or self.data, self.config.seed)
+        target = self.config.target
+        self.validation = Validation(self.held_out or self.data, self.config.seed, target, self.teacher, self.config.batch)
+        if target.kind in NEEDS_TEACHER and self.teacher is None:
+            raise input_error("Train Target", "teacher", None, "a model to follow", "Link one, or choose another kind.")
+        if target.kind == "flow_guided_distill":
+            self.auxiliaries = (*self.auxiliaries, TwoStep(self.teacher, target, self.config.loss))
         self.history = History(self.folder.path if self.folder else None)
         self.done = 0  # steps finished
         self.bad_in_a_row = 0
@@ -148,9 +169,13 @@ class Trainer:
         if self.config.steps_this_run:
             last = min(last, self.done + self.config.steps_this_run)
         try:
+            if self.done == 0 and self.config.validate_every:
+                self._straightness()
             while self.done < last:
                 self._one_step()
                 self._after_step()
+            if self.done == self.config.steps and self.config.validate_every and not self._validated():
+                self.validate()
         finally:
             if self.folder is not None and self.done > 0:
                 self.save()
@@ -214,7 +239,8 @@ class Trainer:
             self.callbacks.interrupt()
             start = micro * config.batch
             weight = None if batch.weight is None else batch.weight[start : start + config.batch]
-            loss = self._loss(point.slice(start, config.batch), cond[start : start + config.batch], weight) / config.accumulate
+            loss = self._loss(point.slice(start, config.batch), cond[start : start + config.batch], weight, draws, start)
+            loss = loss / config.accumulate
             loss.backward()
             total += float(loss.detach())
         norm = torch.nn.utils.get_total_norm([value.grad for value in self.params.values() if value.grad is not None])
@@ -222,7 +248,8 @@ class Trainer:
             torch.nn.utils.clip_grads_with_norm_(self.params.values(), config.optim.clip, norm)
         return total, float(norm)
 
-    def _loss(self, point: Point, cond: list[Any], weight: Tensor | None) -> Tensor:
+    def _loss(self, point: Point, cond: list[Any], weight: Tensor | None, draws: Draws, start: int) -> Tensor:
+        """The loss of a micro-batch whose first example is number `start` of the step."""
         config = self.config
         wanted = point.velocity
         if config.target.kind == "teacher_velocity":
@@ -233,10 +260,12 @@ class Trainer:
         place = prediction.device
         weight = None if weight is None else weight.to(place)
         loss = (config.loss.over_sigma(point.sigma).to(place) * config.loss.each(prediction - wanted.to(place), weight)).mean()
+        if config.target.kind == "flow_guided_distill":
+            loss = config.target.pair_weight * loss
         for auxiliary in sorted(self.auxiliaries, key=lambda each: each.name):  # one order, so that the order of linking changes no bit
             active = auxiliary.start <= self.done < auxiliary.stop and self.done % auxiliary.every == 0
             if auxiliary.weight and active:
-                context = StepContext(self.trainee, point, prediction, cond, self.done)
+                context = StepContext(self.trainee, point, prediction, cond, self.done, draws, start, config.examples)
                 loss = loss + auxiliary.weight * auxiliary.loss(context)
         return loss
 
@@ -264,7 +293,21 @@ class Trainer:
         for name in ("weights", "ema") if self.config.ema else ("weights",):
             with self.averaged() if name == "ema" else _Swapped({}, {}):
                 bins = self.validation.bins(self.trainee)
-            self.history.validated(ValidationRecord(self.done, name, sum(bins) / len(bins), bins))
+            self.history.validated(ValidationRecord(self.done, name, sum(bins) / len(bins), bins, self.validation.sigmas))
+        self._straightness()
+
+    def _validated(self) -> bool:
+        return any(record.step == self.done for record in self.history.validations)
+
+    def _straightness(self) -> None:
+        """Measure S of the average's own paths, where pairs are there to straighten them."""
+        target = self.config.target
+        if target.kind not in NEEDS_PAIRS or target.kind in AT_NOISE:
+            return
+        with self.averaged():
+            found = self.validation.straightness(self.trainee)
+        beta = target.beta(self.done) if target.kind == "annealing_reflow" else 0.0
+        self.history.straightened(StraightnessRecord(self.done, beta, *found))
 
     def save(self) -> None:
         """Keep this step, unless it is kept already, and remove what is too old."""

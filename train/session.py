@@ -119,7 +119,7 @@ class Session:
         latents = [ordinary(latent).float().cpu() for latent in data.latents]
         if not data.noise:
             latents = [to_model(latent[None])[0].float().cpu() for latent in latents]
-        from_data = LatentData(latents, len(data.conditioning), list(data.noise) or None, data.weights, data.facts)
+        from_data = LatentData(latents, len(data.conditioning), list(data.noise) or None, data.weights, data.facts, data.flip)
         channels = getattr(patcher.get_model_object("latent_format"), "latent_channels", latents[0].shape[0])
         if latents[0].shape[0] != channels:
             allowed = f"latents of {channels} channels, as this model has"

@@ -5,6 +5,7 @@ Every target lies on a line x_σ = (1 − σ)·x0 + σ·z with velocity z − x0
     reflow_pairs       (z, x0) a pair that a teacher's ODE joined                                (Liu et al. 2022)
     annealing_reflow   z_β = sqrt(1 − β²)·z + β·z', β falling from 1 to 0 over `anneal_steps`    (Zhu et al. 2024, SlimFlow)
     distill_onestep    σ = 1, (z, x0) a pair: the whole way in one step                          (Liu et al. 2023, InstaFlow)
+    flow_guided_distill  the same, and at fresh noise the end of two steps, the second a teacher's; two_step.py   (SlimFlow)
     teacher_velocity   x_σ as in velocity, the answer a frozen model's, with its guidance
 """
 
@@ -20,11 +21,14 @@ from torch import Tensor
 from ..errors import input_error
 from .draws import Draws
 
-__all__ = ["ANNEALING", "KINDS", "NEEDS_PAIRS", "Point", "Target", "point_at"]
+__all__ = ["ANNEALING", "AT_NOISE", "FIRST_STEPS", "KINDS", "NEEDS_PAIRS", "NEEDS_TEACHER", "Point", "Target", "point_at"]
 
-KINDS = ("velocity", "teacher_velocity", "reflow_pairs", "annealing_reflow", "distill_onestep")
-NEEDS_PAIRS = ("reflow_pairs", "annealing_reflow", "distill_onestep")
+KINDS = ("velocity", "teacher_velocity", "reflow_pairs", "annealing_reflow", "distill_onestep", "flow_guided_distill")
+NEEDS_PAIRS = ("reflow_pairs", "annealing_reflow", "distill_onestep", "flow_guided_distill")
+NEEDS_TEACHER = ("teacher_velocity", "flow_guided_distill")
+AT_NOISE = ("distill_onestep", "flow_guided_distill")  # stand at σ = 1
 ANNEALING = ("linear", "cosine", "exponential")
+FIRST_STEPS = ("student", "flow")
 
 
 @dataclass(frozen=True)
@@ -33,6 +37,7 @@ class Target:
 
     flow_share: a of teacher_velocity's target (1 − a)·v_teacher + a·(z − x0). Its squared error has the gradient of
     (1 − a)·‖v − v_teacher‖² + a·‖v − (z − x0)‖², for the two differ by a constant.
+    t_min, t_max, first_step, two_step_weight: of flow_guided_distill, see two_step.py; pair_weight multiplies the pairs' own term.
     """
 
     kind: str = "velocity"
@@ -40,9 +45,14 @@ class Target:
     anneal_steps: int = 0
     annealing: str = "linear"
     flow_share: float = 0.0
+    t_min: float = 0.2
+    t_max: float = 0.8
+    first_step: str = "student"
+    two_step_weight: float = 1.0
+    pair_weight: float = 1.0
 
     def __post_init__(self):
-        for name, allowed in (("kind", KINDS), ("annealing", ANNEALING)):
+        for name, allowed in (("kind", KINDS), ("annealing", ANNEALING), ("first_step", FIRST_STEPS)):
             if getattr(self, name) not in allowed:
                 raise input_error("Train Target", name, getattr(self, name), ", ".join(allowed), "Choose one of these.")
         if not 0.0 <= self.teacher_cfg <= 100.0:
@@ -51,6 +61,11 @@ class Target:
             raise input_error("Train Target", "flow_share", self.flow_share, "0 to 1", "0 is the teacher alone.")
         if self.anneal_steps < 0:
             raise input_error("Train Target", "anneal_steps", self.anneal_steps, "0 or more", "0 is plain reflow.")
+        if not 0.0 < self.t_min <= self.t_max < 1.0:
+            raise input_error("Train Target", "t_min", (self.t_min, self.t_max), "0 < t_min ≤ t_max < 1", "0.2 and 0.8 are the paper's.")
+        for name in ("two_step_weight", "pair_weight"):
+            if not 0.0 <= getattr(self, name) <= 1000.0:
+                raise input_error("Train Target", name, getattr(self, name), "0 to 1000", "1 is the paper's; 0 leaves the term out.")
 
     def beta(self, step: int) -> float:
         """How much of the noise is fresh at `step` of annealing_reflow: 1 an ordinary flow, 0 plain reflow."""
@@ -90,7 +105,7 @@ def point_at(target: Target, clean: Tensor, paired: Tensor | None, sigma: Tensor
         beta = target.beta(step) if target.kind == "annealing_reflow" else 0.0
         if beta > 0.0:
             noise = math.sqrt(1.0 - beta * beta) * noise + beta * draws.normal("noise", tuple(clean.shape))
-        if target.kind == "distill_onestep":
+        if target.kind in AT_NOISE:
             sigma = torch.ones_like(sigma)
     else:
         noise = draws.normal("noise", tuple(clean.shape))

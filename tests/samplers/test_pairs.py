@@ -70,19 +70,59 @@ def test_the_header_tells_couplings_apart(tiny):
     assert without[0] == without[1] and conditioning_hash(tiny["positive"]) == without[0]["conditioning"]
 
 
-def test_an_interrupt_leaves_no_file(tiny):
-    model, calls = tiny["model"].clone(), []
+def stopping_at(model, call: int):
+    """A clone whose model is called that often before it raises, and the calls."""
+    model, calls = model.clone(), []
 
     def interrupt(executor, *args, **kwargs):
         calls.append(1)
-        if len(calls) == 6:  # in the second batch
+        if len(calls) == call:
             raise KeyboardInterrupt
         return executor(*args, **kwargs)
 
     model.add_wrapper_with_key("apply_model", "interrupt", interrupt)
+    return model, calls
+
+
+def files() -> list[str]:
+    return sorted(path.name for path in Path(get_output_directory()).rglob("*") if path.is_file())
+
+
+def test_an_interrupted_run_goes_on_without_losing_or_repeating_a_seed(tiny):
+    """One call is the probe, four are a batch of two: the seventh is in the second batch, and leaves the first."""
+    whole = generate(tiny)[0]
+    for path in Path(get_output_directory()).rglob("*.safetensors"):
+        path.unlink()
+    model, calls = stopping_at(tiny["model"], 7)
     with pytest.raises(KeyboardInterrupt):
         generate({**tiny, "model": model})
-    assert not [path for path in Path(get_output_directory()).rglob("*") if path.is_file()]
+    assert files() == ["000000000.safetensors", "probe.safetensors"]
+    pairs, report = generate({**tiny, "model": model})
+    assert torch.equal(pairs.clean, whole.clean) and torch.equal(pairs.seeds, whole.seeds)
+    assert "2 of them were there" in report and len(calls) == 7 + 1 + 2 * 4
+    assert files() == ["pairs_00001_.safetensors"]
+
+
+@pytest.mark.parametrize("changed", [{"cfg": 1.0}, {"seed": 8}, {"sigmas": torch.linspace(1, 0, 4)}])
+def test_another_description_takes_nothing_of_an_interrupted_run(changed, tiny):
+    with pytest.raises(KeyboardInterrupt):
+        generate({**tiny, "model": stopping_at(tiny["model"], 7)[0]})
+    assert "were there" not in generate(tiny, **changed)[1]
+
+
+def test_another_model_or_a_damaged_shard_takes_nothing_either(tiny):
+    with pytest.raises(KeyboardInterrupt):
+        generate({**tiny, "model": stopping_at(tiny["model"], 11)[0]})
+    first, second = sorted(Path(get_output_directory()).rglob("0*.safetensors"))
+    second.write_bytes(second.read_bytes()[:-8])
+    again = stopping_at(tiny["model"], 7)[0]
+    with pytest.raises(KeyboardInterrupt):
+        generate({**tiny, "model": again})
+    assert first.exists(), "the whole shard before the damaged one counts"
+    other = tiny["model"].clone()
+    key = "diffusion_model.final_layer.linear.weight"
+    other.add_patches({key: ("diff", (torch.full_like(other.get_model_object(key), 0.01),))})
+    assert "were there" not in generate({**tiny, "model": other})[1]
 
 
 PAIRS = FlowPairs(torch.zeros(2, 4, 2, 2), torch.arange(2), {"conditioning": "c", "cfg": "1", "sampler": "euler", "sigmas": "[1.0, 0.0]"})

@@ -195,7 +195,7 @@ def test_curves_of_anything_are_pictures():
     empty = History()
     constant = History(steps=[StepRecord(step, 0.5, 1.0, 1.0) for step in range(1, 5)])
     wild = History(steps=[StepRecord(step, value, 1.0, 1.0) for step, value in enumerate((1e-6, float("nan"), 1e6, float("inf")), 1)])
-    wild.validations.append(ValidationRecord(4, "ema", 0.1, (0.1, 0.2)))
+    wild.validations.append(ValidationRecord(4, "ema", 0.1, (0.1, 0.2), (0.25, 0.75)))
     pictures = [curve_picture(history) for history in (empty, constant, wild)] + [density_picture(Density(kind)) for kind in DENSITIES]
     for picture in pictures:
         assert picture.ndim == 4 and picture.shape[-1] == 3 and 0.0 <= picture.min() and picture.max() <= 1.0
