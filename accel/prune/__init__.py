@@ -5,4 +5,7 @@
     apply.py      a plan on a MODEL: blocks that hand their tokens on
     gates.py      a function around every block, to measure or to mix
     scores.py     how much each block matters; select.py  from numbers to a plan
+    width.py      numbers of heads and neurons, what is kept of them, masks
+    ecodiff.py    masks that can be learned
+    compact.py    narrower layers;  lora.py  LoRAs for them
 """

@@ -8,7 +8,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-__all__ = ["NETWORK", "model_hash", "original_module", "original_parameters"]
+__all__ = ["NETWORK", "model_hash", "original_module", "original_parameters", "original_part", "original_weight"]
 
 NETWORK = "diffusion_model."  # where a host's model keeps the transformer
 SAMPLE = 64  # numbers of each weight that are hashed
@@ -20,6 +20,30 @@ def original_module(model: Any, path: str) -> nn.Module:
     return model.object_patches_backup[name] if name in model.object_patches_backup else model.model.get_submodule(name)
 
 
+def original_part(model: Any, path: str) -> Any:
+    """The module or number at `path` below the network as it was loaded, also inside of a block that another one stands for.
+
+    Raises: AttributeError where there is none.
+    """
+    found, name = model.model.diffusion_model, NETWORK[:-1]
+    for part in filter(None, path.split(".")):
+        name = f"{name}.{part}"
+        found = model.object_patches_backup[name] if name in model.object_patches_backup else getattr(found, part)
+    return found
+
+
+def original_weight(model: Any, path: str, name: str = "weight") -> Tensor | None:
+    """The weight, or the bias, of the layer at `path` as it was loaded, without merged LoRAs."""
+    value = getattr(original_part(model, path), name)
+    return None if value is None else _unpatched(model, f"{NETWORK}{path}.{name}", value)
+
+
+def _unpatched(model: Any, name: str, value: Tensor) -> Tensor:
+    """What the host has put aside for `value`; what it has of another shape belongs to a layer that stands there at the moment."""
+    kept = model.backup.get(name)
+    return kept.weight if kept is not None and kept.weight.shape == value.shape else value
+
+
 def original_parameters(model: Any) -> Iterator[tuple[str, Tensor]]:
     """(name below the network, weight) of MODEL `model`, without object patches and without merged LoRAs."""
     swapped = {name: value for name, value in model.object_patches_backup.items() if isinstance(value, nn.Module)}
@@ -28,7 +52,7 @@ def original_parameters(model: Any) -> Iterator[tuple[str, Tensor]]:
         module = swapped.get(name, module)
         for own, value in module.named_parameters(recurse=False):
             full = f"{name}.{own}"
-            yield full[len(NETWORK) :], model.backup[full].weight if full in model.backup else value
+            yield full[len(NETWORK) :], _unpatched(model, full, value)
         for child, inner in module.named_children():
             yield from walk(inner, f"{name}.{child}")
 

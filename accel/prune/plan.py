@@ -17,6 +17,7 @@ from typing import Any
 
 from ...errors import input_error
 from ...families.stack import Stack, StackBlock
+from ...families.width import KINDS
 
 __all__ = ["PrunePlan", "Run", "plan_from_json"]
 
@@ -47,7 +48,8 @@ class PrunePlan:
     """What is kept of the model with hash `model`.
 
     counts: holder → blocks that the model has. kept: holder → kept indices, ascending; a holder that is absent is kept whole.
-    runs: of PPCL. students: path of a run's first block → file with its weights. width: block path → kept "heads" and "ffn" by number.
+    runs: of PPCL. students: path of a run's first block → file with its weights. width: block path → kept units of
+    a kind (families/width.py: "heads", "ffn", …) by number.
     method: how it was made. scores: block path → its number by that method. facts: further figures for people.
     """
 
@@ -149,9 +151,9 @@ def _checked(found: dict) -> PrunePlan:
         _path(path, counts): {kind: _numbers(numbers, 1 << 20, f"{kind} of {path}", empty=True) for kind, numbers in kinds.items()}
         for path, kinds in found.get("width", {}).items()
     }
-    unknown = {kind for kinds in width.values() for kind in kinds} - {"heads", "ffn"}
+    unknown = {kind for kinds in width.values() for kind in kinds} - set(KINDS)
     if unknown:
-        raise ValueError(f"width of {', '.join(sorted(unknown))}; it is of heads and ffn")
+        raise ValueError(f"width of {', '.join(sorted(unknown))}; it is of {', '.join(KINDS)}")
     scores = {str(path): float(score) for path, score in found.get("scores", {}).items()}
     if not all(math.isfinite(score) for score in scores.values()):
         raise ValueError("scores that are not finite")

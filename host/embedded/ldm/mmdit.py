@@ -148,7 +148,7 @@ class JointBlock(nn.Module):
         attn2 = None
         if self.x_block.x_block_self_attn:
             qkv2 = self.x_block.attn2.qkv_tokens(modulate(x_norm, *x_mods[6:8]))
-            attn2 = optimized_attention(*qkv2, heads=heads, transformer_options=options)
+            attn2 = optimized_attention(*qkv2, heads=self.x_block.attn2.num_heads, transformer_options=options)
         return context, self.x_block.finish(x, x_mods, x_attn, attn2)
 
 
