@@ -4,8 +4,8 @@ A head or a neuron is a block of rows in the layers that make it (q, k and v; th
 block of columns in the layers that read it (the projection after attention; the MLP's second layer). Setting those columns to zero takes it
 out; deleting them with its rows makes the layers smaller. Facts of ComfyUI 0.3.64:
 
-    Flux, Chroma, HunyuanVideo   joint attention: a head is the same one of image and text; single blocks have one layer for [q | k | v | mlp]
-                                 and one for [heads | mlp], and split by `hidden_size` and `mlp_hidden_dim`
+    Flux, Chroma, HunyuanVideo   joint attention: a head is the same one of image and text; single blocks have one layer for
+                                 [q | k | v | mlp] and one for [heads | mlp], and split by `hidden_size` and `mlp_hidden_dim`
     SD3                          joint attention, and in some blocks a second one of the image alone
     Qwen-Image                   six projections into joint attention, two out of it
     Lumina 2                     several query heads share a key head: they stay or go together

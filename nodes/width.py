@@ -241,4 +241,5 @@ class RectiflowLoraForPruned(Node):
         try:
             return read_tensors(Path(path))[0]
         except (OSError, ValueError) as error:
-            raise input_error(self.TITLE, "lora_name", f"{lora_name}: {error}"[:190], "a whole safetensors file", "Fetch it again.") from error
+            got, allowed = f"{lora_name}: {error}"[:190], "a whole safetensors file"
+            raise input_error(self.TITLE, "lora_name", got, allowed, "Fetch it again.") from error

@@ -41,7 +41,9 @@ def rollout_gradient(step: Step, start: Tensor, count: int, wanted: Tensor, leav
     return float(difference.square().mean())
 
 
-def single_step_gradient(step: Step, path: Sequence[Tensor], widths: Sequence[float], leaves: Sequence[Tensor], scale: float = 1.0) -> float:
+def single_step_gradient(
+    step: Step, path: Sequence[Tensor], widths: Sequence[float], leaves: Sequence[Tensor], scale: float = 1.0
+) -> float:
     """The same for L = mean over steps of mean ((x_{i+1} − wanted_{i+1}) / width_i)², each step from where the whole model had come.
 
     path: T + 1 latents of the whole model. widths: Δσ of each step, so that velocities are compared.

@@ -1,8 +1,8 @@
 """Narrower layers: the rows and columns of heads and neurons that a plan does not keep are deleted.
 
-Each layer is exchanged by an object patch for one of its own class, so that casting, weight functions and offloading are the host's, and the
-numbers by which a block splits its tokens (heads, hidden size) are exchanged with it. A LoRA of the whole model stays usable, in front of
-or behind the node: a narrow layer shows its weight at full size to what a host merges into it, and takes the part back that it has.
+Each layer is exchanged by an object patch for one of its own class, so that casting, weight functions and offloading are the host's, and
+the numbers by which a block splits its tokens (heads, hidden size) are exchanged with it. A LoRA of the whole model stays usable, in front
+of or behind the node: a narrow layer shows its weight at full size to what a host merges into it, and takes the part back that it has.
 
 A layer that is left without neurons adds its bias and nothing else. No host's attention runs without heads, so an attention that keeps none
 computes its first head and reads it with zeros: the same answer.
@@ -190,9 +190,8 @@ def _exchange_layer(patched: Any, name: str, cut: LayerCut, where: str) -> int:
 
 
 def _plain(layer: Any) -> bool:
-    return isinstance(layer, nn.Linear) and layer.weight.is_floating_point() and layer.weight.element_size() > 1 and not hasattr(
-        layer, "set_weight"
-    )
+    wide = isinstance(layer, nn.Linear) and layer.weight.is_floating_point() and layer.weight.element_size() > 1
+    return wide and not hasattr(layer, "set_weight")
 
 
 def _numbers(width: Mapping[str, Mapping[str, tuple[int, ...]]], groups: Iterable[WidthGroup]) -> dict[str, int]:

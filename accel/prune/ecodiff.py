@@ -58,8 +58,10 @@ class LearnedMasks(nn.Module):
 
     def penalty(self, kind: str) -> Tensor:
         """R over all groups, a scalar."""
-        means = {heads: [penalty(self.of(group), kind).mean() for group in self.groups if group.is_heads == heads] for heads in (True, False)}
-        return sum(torch.stack(found).mean() for found in means.values() if found)
+        means: dict[bool, list[Tensor]] = {}
+        for group in self.groups:
+            means.setdefault(group.is_heads, []).append(penalty(self.of(group), kind).mean())
+        return sum(torch.stack(found).mean() for found in means.values())
 
     def values(self) -> dict[tuple[str, str], Tensor]:
         return {group.key: self.of(group).detach().float().cpu().clone() for group in self.groups}

@@ -54,7 +54,8 @@ def slice_lora(lora: Mapping[str, Tensor], plan: PrunePlan, stack: Stack, cuts: 
             layers["dropped"].add(layer)
             continue
         cut = cuts.get(names.get(layer, ""))
-        made.tensors[prefix + _renamed(layer, block, moved, renumber) + ending] = tensor if cut is None else _sliced(key, tensor, ending, cut)
+        name = prefix + _renamed(layer, block, moved, renumber) + ending
+        made.tensors[name] = tensor if cut is None else _sliced(key, tensor, ending, cut)
         layers["whole" if cut is None else "sliced"].add(layer)
     made.sliced, made.whole, made.dropped = len(layers["sliced"]), len(layers["whole"]), sorted(layers["dropped"])
     return made

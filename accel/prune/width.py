@@ -1,8 +1,8 @@
 """From a number a head and neuron to what is kept, and masks that show a narrower model at full size.
 
-A mask multiplies the columns that read a head or a neuron, W·diag(m), by a weight wrapper: it needs nothing of a block's code, is exact, and
-can be differentiated in m. Masks have to run behind every other wrapper, a LoRA that comes after one would fill its columns again; some hosts
-put a LoRA there when memory runs short, so that the order is made right before each run.
+A mask multiplies the columns that read a head or a neuron, W·diag(m), by a weight wrapper: it needs nothing of a block's code, is exact,
+and can be differentiated in m. Masks have to run behind every other wrapper, a LoRA that comes after one would fill its columns again; some
+hosts put a LoRA there when memory runs short, so that the order is made right before each run.
 """
 
 from __future__ import annotations
@@ -22,8 +22,8 @@ from .identity import NETWORK, model_hash, original_part, original_weight
 from .plan import PrunePlan
 
 __all__ = [
-    "ColumnMask", "MaskValue", "WidthCut", "WidthScores", "check_width", "full_groups", "groups_of", "kept_units", "magnitude", "mask_model", "put_masks_on",
-    "removed_share", "unit_weights", "width_plan", "without_masks",
+    "ColumnMask", "MaskValue", "WidthCut", "WidthScores", "check_width", "full_groups", "groups_of", "kept_units", "magnitude", "mask_model",
+    "put_masks_on", "removed_share", "unit_weights", "width_plan", "without_masks",
 ]  # fmt: skip
 
 CALLBACK = "rectiflow_width_mask"
@@ -218,7 +218,10 @@ class ColumnMask:
 
 
 def put_masks_on(model: Any, groups: tuple[WidthGroup, ...], callback: str) -> tuple[Any, dict[tuple[str, str], MaskValue]]:
-    """(a clone of MODEL with a mask for every group, none with a value; the masks by group). callback: the host's name for "before a run"."""
+    """(a clone of MODEL with a mask for every group, none with a value yet; the masks by group).
+
+    callback: the host's name for "before a run".
+    """
     masks = {group.key: MaskValue() for group in groups}
     places: dict[str, list[_Place]] = {}
     for group in groups:

@@ -1,0 +1,158 @@
+"""Heads and neurons removed from the tiny model by six rules, at equal size and without any training after it; writes
+bench/results/prune_width.csv (quality) and prune_width_speed.csv (time of the narrow model).
+
+    python bench/prune_width.py [--iterations N] [--seeds N] [--betas 0.1,0.3]
+
+Quality: 20 % of the weights of heads and 20 % of those of neurons go, to the nearest unit, by one ranking over all layers and by the same
+share of each. Measured: ‖ẑ_0 − z_0‖²/‖z_0‖² of final latents with prompts and noises that no rule has seen, against the whole model from the
+same noise. Learned masks get one β each, that with the least error on their own prompts at the first seed. Seconds are process time of one
+thread.
+
+Speed: process time of a sampling run of whole and narrow models in turn, median of the rounds, beside the share of FLOPs that torch's counter
+finds removed.
+"""
+
+from __future__ import annotations
+
+import argparse
+import statistics
+import tempfile
+import time
+from pathlib import Path
+
+import torch
+from table import write_table
+
+STEPS, REMOVE = 6, 0.2
+LEARN = (
+    "twemoji rocket on black", "noto cat on white", "twemoji pizza on white", "noto dog on black", "twemoji car on white",
+    "noto apple on white", "twemoji fish on black", "noto house on white", "twemoji sun on white", "noto star on black",
+    "twemoji frog on white", "noto bus on white",
+)  # fmt: skip
+HELD = (
+    "twemoji heart on white", "noto banana on white", "twemoji ghost on black", "noto tree on white", "twemoji dog on white",
+    "noto rocket on black", "twemoji cat on black", "noto pizza on white",
+)  # fmt: skip
+HEADER = ("method", "beta", "seed", "scope", "heads removed", "neurons removed", "all weights removed", "error", "error cfg 3", "seconds")
+SPEED = ("model", "align", "FLOPs removed", "seconds a run", "time removed", "time removed / FLOPs removed")
+
+
+class Bench:
+    def __init__(self, tiny, services, callback: str, iterations: int):
+        from rectiflow.accel.prune.width import groups_of
+
+        self.tiny, self.services, self.callback, self.iterations = tiny, services, callback, iterations
+        self.groups = groups_of(tiny.model, "bench")
+        self.prompts = [entry for text in LEARN for entry in tiny.conditioning(text)]
+        self.held = [text for text in HELD for _ in range(2)]
+        self.noise = tiny.noise(range(1000, 1000 + len(self.held)))
+        self.whole = {cfg: self.final(tiny.model, cfg) for cfg in (1.0, 3.0)}
+        self.rows: list[tuple] = []
+
+    def final(self, model, cfg: float) -> torch.Tensor:
+        sigmas = torch.linspace(1.0, 0.0, STEPS + 1)
+        return self.tiny.sample(self.held, self.noise, model=model, cfg=cfg, sigmas=sigmas)
+
+    def shown(self, seed: int):
+        from rectiflow.train.pool import Calibration
+
+        return Calibration(self.prompts, self.tiny.conditioning(""), (16, 16, 16), count=36, steps=STEPS, cfg=1.0, seed=seed)
+
+    def narrow(self, scores, scope: str = "global", align: int = 1, remove: float = REMOVE):
+        from rectiflow.accel.prune.compact import compact_model
+        from rectiflow.accel.prune.width import WidthCut, kept_units, removed_share, width_plan
+
+        kept = kept_units(self.groups, scores, WidthCut(remove, scope, align, 1), self.tiny.model)
+        plan = width_plan(self.tiny.model, kept, self.groups, "bench")
+        return compact_model(self.tiny.model, plan, "bench"), removed_share(kept, self.groups, self.tiny.model)
+
+    def measured(self, scores, beta, seed: int, seconds: float) -> None:
+        for scope in ("global", "local"):
+            model, shares = self.narrow(scores, scope)
+            errors = [relative(self.final(model, cfg), whole) for cfg, whole in self.whole.items()]
+            removed = [f"{shares[name]:.3f}" for name in ("heads", "neurons", "all")]
+            self.rows.append((scores.method, beta, seed, scope, *removed, *(f"{error:.4f}" for error in errors), f"{seconds:.0f}"))
+        write_table("prune_width", HEADER, self.rows)
+
+    def scored(self, method: str, seed: int):
+        from rectiflow.train.width_masks import score_width
+
+        start = time.process_time()
+        scores = score_width(self.tiny.model, method, self.shown(seed), 48, self.services, self.callback, "bench")
+        self.measured(scores, "", seed, time.process_time() - start)
+        return scores
+
+    def learned(self, objective: str, beta: float, seed: int) -> float:
+        """Error at 20 % on the rule's own prompts."""
+        from rectiflow.train.width_masks import MaskSettings, learn_masks
+
+        start, sigmas = time.process_time(), torch.linspace(1.0, 0.0, STEPS + 1)
+        settings = MaskSettings(objective=objective, iterations=self.iterations, beta=beta, seed=seed)
+        done = learn_masks(self.tiny.model, settings, self.shown(seed), sigmas, None, self.services, self.callback, "bench")
+        self.measured(done.scores, beta, seed, time.process_time() - start)
+        return done.report["final_latent_error_at"]["0.2"]
+
+
+def relative(given: torch.Tensor, wanted: torch.Tensor) -> float:
+    return float((given - wanted).square().sum() / wanted.square().sum())
+
+
+def flops(bench: Bench, model) -> int:
+    from torch.utils.flop_counter import FlopCounterMode
+
+    with FlopCounterMode(display=False) as counter:
+        bench.tiny.sample(HELD[:1], bench.noise[:1], model=model, cfg=1.0, sigmas=torch.tensor([1.0, 0.0]))
+    return counter.get_total_flops()
+
+
+def speed(bench: Bench, scores, rounds: int) -> None:
+    models = {"whole": ("", bench.tiny.model)}
+    for remove, align in ((0.2, 1), (0.2, 64), (0.5, 64)):
+        models[f"{remove:.0%} of the width out, align {align}"] = (align, bench.narrow(scores, align=align, remove=remove)[0])
+    counted = {name: flops(bench, model) for name, (_, model) in models.items()}
+    seconds: dict[str, list[float]] = {name: [] for name in models}
+    for _ in range(rounds):
+        for name, (_, model) in models.items():
+            flops(bench, model)  # layers are exchanged off the clock
+            start = time.process_time()
+            bench.tiny.sample(list(HELD), bench.noise[: len(HELD)], model=model, cfg=1.0, sigmas=torch.linspace(1.0, 0.0, STEPS + 1))
+            seconds[name].append(time.process_time() - start)
+    whole, rows = statistics.median(seconds["whole"]), []
+    for name, (align, _) in models.items():
+        took, gone = statistics.median(seconds[name]), 1.0 - counted[name] / counted["whole"]
+        saved = 1.0 - took / whole
+        rows.append((name, align, f"{gone:.3f}", f"{took:.3f}", f"{saved:.3f}", f"{saved / gone:.2f}" if gone else ""))
+    write_table("prune_width_speed", SPEED, rows)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--iterations", type=int, default=50)
+    parser.add_argument("--seeds", type=int, default=3)
+    parser.add_argument("--betas", default="0.1,0.3")
+    parser.add_argument("--rounds", type=int, default=15)
+    given = parser.parse_args()
+    from rectiflow.host.embedded import HostSettings, make_host, use_host
+    from rectiflow.tests.contract.tiny_runs import TinyRuns
+
+    torch.set_num_threads(1)
+    host = make_host(Path(tempfile.mkdtemp()), settings=HostSettings(device="cpu", dtype="fp32"))
+    with use_host(host):
+        from rectiflow.host import CallbacksMP
+        from rectiflow.nodes.pruning import host_services
+
+        bench = Bench(TinyRuns(host), host_services(), CallbacksMP.ON_PRE_RUN, given.iterations)
+        speed(bench, bench.scored("magnitude", 0), given.rounds)
+        for seed in range(given.seeds):
+            for method in ("taylor", "activation", "random"):
+                bench.scored(method, seed)
+        betas = [float(part) for part in given.betas.split(",")]
+        for objective in ("end_to_end", "per_step"):
+            found = {beta: bench.learned(objective, beta, 0) for beta in betas}
+            best = min(found, key=found.get)
+            for seed in range(1, given.seeds):
+                bench.learned(objective, best, seed)
+
+
+if __name__ == "__main__":
+    main()
