@@ -38,7 +38,7 @@ from .draws import Draws, seeded
 from .history import History
 from .host_model import checkpoint_blocks
 from .loop import Batch, Callbacks, Trainer
-from .optim import Optim, Optimizers
+from .optim import Optim
 from .pool import CALL, Calibration, PoolData, guided, inside, points, sample_pool, velocities
 from .rollout import rollout_gradient, single_step_gradient
 
@@ -47,6 +47,7 @@ __all__ = ["LEARNED", "MEASURED", "TARGETS", "LearnedWidth", "MaskSettings", "le
 LEARNED = ("end_to_end", "per_step")
 MEASURED = ("magnitude", "taylor", "activation", "random")
 TARGETS = ("both", "heads", "ffn")
+EPS = 1e-12  # of AdamW: a mean over neurons and layers makes gradients of 1e-8
 SHOWN = (0.1, 0.2, 0.3)  # shares that a report tries, on at most CALL rows of the pool
 
 
@@ -74,7 +75,8 @@ class MaskSettings:
     resume: str = "auto"
 
     def config(self) -> TrainConfig:
-        optim = Optim(lr=self.lr_ffn, betas=(0.9, 0.99), eps=1e-12, weight_decay=0.0, warmup=10, schedule="constant", clip=0.0)
+        factors = (("/heads2?$", self.lr_heads), ("", self.lr_ffn))
+        optim = Optim(lr=1.0, eps=EPS, weight_decay=0.0, warmup=10, schedule="constant", clip=0.0, factors=factors)
         return TrainConfig(
             steps=self.iterations, batch=self.batch, accumulate=self.accumulate, seed=self.seed, optim=optim, ema=0.0, dropout=0.0,
             save_every=self.save_every, validate_every=0, resume=self.resume, checkpointing=self.checkpointing,
@@ -155,11 +157,6 @@ class MaskTrainer(Trainer):
     settings: MaskSettings | None = None
     learner: _Learner | None = None
     flow: _Flow | None = None
-
-    def __post_init__(self):
-        super().__post_init__()
-        rates = self.learner.learned.rates(self.settings.lr_heads, self.settings.lr_ffn)
-        self.optimizers = Optimizers(self.config.optim, self.params, rates)
 
     def run(self) -> History:
         try:

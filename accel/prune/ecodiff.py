@@ -48,10 +48,6 @@ class LearnedMasks(nn.Module):
     def of(self, group: WidthGroup) -> nn.Parameter:
         return self.lam[_name(group)]
 
-    def rates(self, heads: float, neurons: float) -> dict[str, float]:
-        """Parameter name → learning rate."""
-        return {f"lam.{_name(group)}": heads if group.is_heads else neurons for group in self.groups}
-
     def drawn(self, u: Mapping[tuple[str, str], Tensor], delta: float) -> dict[tuple[str, str], Tensor]:
         """m of every group for its u, attached to λ."""
         return {group.key: hard_concrete(self.of(group), u[group.key].to(self.of(group)), delta) for group in self.groups}

@@ -22,8 +22,8 @@ from .identity import NETWORK, model_hash, original_part, original_weight
 from .plan import PrunePlan
 
 __all__ = [
-    "ColumnMask", "MaskValue", "WidthCut", "WidthScores", "check_width", "full_groups", "groups_of", "kept_units", "magnitude", "mask_model",
-    "put_masks_on", "removed_share", "unit_weights", "width_plan", "without_masks",
+    "ColumnMask", "MaskValue", "WidthCut", "WidthScores", "check_width", "full_groups", "groups_of", "kept_units", "magnitude",
+    "mask_model", "put_masks_on", "removed_share", "unit_weights", "width_plan", "without_masks",
 ]  # fmt: skip
 
 CALLBACK = "rectiflow_width_mask"

@@ -260,7 +260,8 @@ def test_what_is_kept_by_hand():
     scores = WidthScores("", "", "test", values)
 
     def counts(cut):
-        return {group.name: len(kept) for group, kept in zip(groups, (kept_units(groups, scores, cut, model)[group.key] for group in groups))}
+        kept = kept_units(groups, scores, cut, model)
+        return {group.name: len(kept[group.key]) for group in groups}
 
     local = counts(WidthCut(0.25, "local", 1, 1))
     assert local["double_blocks.0.ffn"] == local["single_blocks.0.ffn"] == 96
