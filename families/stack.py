@@ -17,8 +17,9 @@ from torch import Tensor
 from ..errors import NodeInputError, input_error
 from .blocks import block_layout
 
-__all__ = ["SUPPORTED", "Stack", "StackBlock", "State", "stack_of"]
+__all__ = ["COUNTED_BY_WIDTH", "SUPPORTED", "Stack", "StackBlock", "State", "depth_is_counted", "stack_of"]
 
+COUNTED_BY_WIDTH = "joint_blocks"  # of SD3: a loader makes as many as the network is wide, whatever the file has
 SUPPORTED = "Flux, Chroma, SD3, Qwen-Image, HunyuanVideo, Wan, LTX-Video, Lumina 2"
 State = tuple[Tensor, ...]  # the streams of tokens between two blocks, in the order a block hands them back
 
@@ -122,3 +123,8 @@ def stack_of(transformer: Any, where: str) -> Stack:
         for index in range(len(getattr(transformer, holder)))
     )
     return Stack(family, blocks, blocks[-1:] if family == "SD3" else ())
+
+
+def depth_is_counted(transformer: Any) -> bool:
+    """Whether loaders count this family's blocks in the file. SD3's follow from its width: blocks that a file lacks are made up."""
+    return not hasattr(transformer, COUNTED_BY_WIDTH)

@@ -3,24 +3,32 @@
 from __future__ import annotations
 
 from ..errors import input_error
-from .declare import Node, Output, choice, socket, text
+from .declare import Node, Output, boolean, choice, socket, text
 
 GROUP = "model patches"
 _REPORT = Output("STRING", "report", "A table; link it to Preview Any.")
 
 
-def merged(model, key: str, weight):
-    """`weight` with the patches that MODEL has under `key`, float32: the host's own sum, on a module that holds nothing else."""
+def with_changes(model, key: str, weight):
+    """`weight`, float32, with the patches and then the wrappers that MODEL has under `key`; itself where it has none.
+
+    The sum of the patches is the host's own, on a module that holds nothing else.
+    """
     import torch
 
     from ..host import ModelPatcher
 
-    holder = torch.nn.Module()
-    holder.weight = torch.nn.Parameter(weight.detach().float().clone(), requires_grad=False)
-    alone = ModelPatcher(holder, weight.device, weight.device)
-    alone.patches = {"weight": list(model.patches[key])}
-    alone.patch_weight_to_device("weight")
-    return holder.weight.data
+    weight = weight.detach()
+    if key in model.patches:
+        holder = torch.nn.Module()
+        holder.weight = torch.nn.Parameter(weight.float().clone(), requires_grad=False)
+        alone = ModelPatcher(holder, weight.device, weight.device)
+        alone.patches = {"weight": list(model.patches[key])}
+        alone.patch_weight_to_device("weight")
+        weight = holder.weight.data
+    for wrapper in model.weight_wrapper_patches.get(key, ()):
+        weight = wrapper(weight.clone())
+    return weight
 
 
 def _base(model) -> str:
@@ -28,7 +36,10 @@ def _base(model) -> str:
     from ..tiny.weights import FLUX_SIZES
 
     config = model.model.model_config.unet_config
-    return "tiny" if all(config.get(name) == value for name, value in FLUX_SIZES.items()) else "detect"
+    same = all(list(got) == value if isinstance(value, list) else got == value for got, value in (
+        (config.get(name), value) for name, value in FLUX_SIZES.items()
+    ))  # fmt: skip
+    return "tiny" if same else "detect"
 
 
 class RectiflowSaveCompressed(Node):
@@ -54,12 +65,12 @@ class RectiflowSaveCompressed(Node):
     def run(self, model, filename_prefix, format, dtype):
         from pathlib import Path
 
-        from ..accel.compressed.files import model_tensors
         from ..accel.compressed.tensor_file import write_tensors
+        from ..accel.compressed.writing import compressed_tensors
         from ..host import get_output_directory, get_save_image_path
 
-        tensors, metadata, manifest = model_tensors(
-            model, format, dtype, _base(model), lambda key, weight: merged(model, key, weight), self.TITLE
+        tensors, metadata, manifest = compressed_tensors(
+            model, format, dtype, _base(model), lambda key, weight: with_changes(model, key, weight), self.TITLE
         )
         folder, name, counter, below, _ = get_save_image_path(filename_prefix, get_output_directory())
         taken = [int(path.stem.rsplit("_", 2)[-2]) for path in Path(folder).glob(f"{name}_*_.safetensors") if _counted(path.stem)]
@@ -70,7 +81,9 @@ class RectiflowSaveCompressed(Node):
             remedy = "Make room, or choose another folder; what stood there is as it was."
             raise input_error(self.TITLE, "filename_prefix", f"{file}: {error.strerror}", "a folder with room", remedy) from error
         size = (Path(folder) / file).stat().st_size
-        report = f"{file}: {size / 2**20:.2f} MiB, {len(manifest.quant)} quantised layers, {format}, others in {manifest.dtype}"
+        blocks = sum(manifest.counts[holder] - len(kept) for holder, kept in manifest.kept.items())
+        parts = [f"{len(manifest.quant)} quantised layers", f"{blocks} blocks less", f"{len(manifest.width)} narrower layers"]
+        report = f"{file}: {size / 2**20:.2f} MiB, {', '.join(parts)}, {format}, others in {manifest.dtype}"
         return (Path(below, file).as_posix(), report)
 
 
@@ -106,47 +119,65 @@ class RectiflowLoadCompressed(Node):
     TITLE = "Load Compressed"
     GROUP = GROUP
     SEARCH_ALIASES = ["load model", "int8_tensorwise", "quantized", "pruned", "unet"]
-    INPUTS = (_PATH,)
+    INPUTS = (
+        _PATH,
+        boolean("compact_numbering", False, "On numbers the blocks that are there from 0. Off: as in the whole model, so that LoRAs fit.",
+            optional=True, advanced=True,
+        ),
+    )  # fmt: skip
     OUTPUTS = (Output("MODEL", "model", "The model; its quantised layers hold codes, no full weights."), _REPORT)
 
-    def run(self, path):
+    def run(self, path, compact_numbering=False):
         import torch
 
-        from ..accel.compressed.files import describe, install, read_model
-        from ..accel.compressed.manifest import DTYPES
-        from ..host import build_flux_model, load_diffusion_model_state_dict
-        from ..tiny.codec import LinearCodec
-        from ..tiny.weights import FLUX_SIZES, load_weights
-        from .tiny import tiny_latent
+        from ..accel.compressed.building import built_model
+        from ..accel.compressed.description import describe
+        from ..accel.compressed.reading import read_model
 
         loaded = read_model(_found(path, self.TITLE), self.TITLE)
-        dtype = DTYPES[loaded.manifest.dtype]
-        try:
-            with torch.inference_mode(False):
-                if loaded.manifest.base["kind"] == "tiny":
-                    shipped = load_weights()
-                    codec = LinearCodec(shipped.codec_basis, shipped.codec_scale, shipped.codec_mean)
-                    model = build_flux_model(loaded.plain, FLUX_SIZES, tiny_latent(codec), dtype=dtype)
-                else:
-                    model = load_diffusion_model_state_dict(loaded.prefixed(), model_options={"dtype": dtype})
-        except (ValueError, RuntimeError, KeyError) as error:
-            raise input_error(self.TITLE, "path", f"{path}: {error}"[:190], "a whole model", "Save the model again.") from error
-        if model is None:
-            allowed = "a transformer that this host knows"
-            raise input_error(self.TITLE, "path", path, allowed, "Update the host, or save the model again.")
-        return (install(model, loaded, self.TITLE), describe(loaded))
+        report = describe(loaded)
+        with torch.inference_mode(False):
+            return (built_model(loaded, _maker(loaded.manifest), self.TITLE, compact_numbering), report)
+
+
+_DEPTHS = (("depth", "double_blocks"), ("depth_single_blocks", "single_blocks"))
+
+
+def _maker(manifest):
+    """What builds a network from a state dict on this host."""
+    from ..accel.compressed.manifest import DTYPES
+    from ..accel.compressed.writing import FILE_PREFIX
+    from ..host import build_flux_model, load_diffusion_model_state_dict
+    from ..tiny.codec import LinearCodec
+    from ..tiny.weights import FLUX_SIZES, load_weights
+    from .tiny import tiny_latent
+
+    dtype = DTYPES[manifest.dtype]
+
+    def tiny(state):
+        shipped = load_weights()
+        codec = LinearCodec(shipped.codec_basis, shipped.codec_scale, shipped.codec_mean)
+        numbers = {tuple(key.split(".")[:2]) for key in state}
+        depths = {size: sum(holder == part for part, *_ in numbers) for size, holder in _DEPTHS}
+        return build_flux_model(state, {**FLUX_SIZES, **depths}, tiny_latent(codec), dtype=dtype)
+
+    def detected(state):
+        return load_diffusion_model_state_dict({FILE_PREFIX + name: t for name, t in state.items()}, model_options={"dtype": dtype})
+
+    return tiny if manifest.base["kind"] == "tiny" else detected
 
 
 class RectiflowCompressionInfo(Node):
-    """Says what a compressed file holds: layers, formats, bits a weight, what it was made from. Builds no model."""
+    """Says what a compressed file holds: blocks, widths, formats, bits a weight, what it was made from. Builds no model."""
 
     TITLE = "Compression Info"
     GROUP = GROUP
-    SEARCH_ALIASES = ["manifest", "quantized", "inspect file"]
+    SEARCH_ALIASES = ["manifest", "quantized", "pruned", "inspect file"]
     INPUTS = (_PATH,)
     OUTPUTS = (_REPORT,)
 
     def run(self, path):
-        from ..accel.compressed.files import describe, read_model
+        from ..accel.compressed.description import describe
+        from ..accel.compressed.reading import read_model
 
         return (describe(read_model(_found(path, self.TITLE), self.TITLE)),)

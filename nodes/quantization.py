@@ -86,10 +86,11 @@ class RectiflowQuantize(Node):
         self, model, weight_bits, act_bits, group_size, method, rotation, j_threshold, smooth_alpha, protect_down, keep_below_db, include,
         exclude, lora, seed, stats=None,
     ):  # fmt: skip
-        from ..accel.quant.attach import PREFIX, chosen_layers, own_weight, put_on
+        from ..accel.modules import NETWORK, own_weight
+        from ..accel.quant.attach import chosen_layers, put_on
         from ..accel.quant.recipe import QuantScheme, quantised_layers, report_table
         from ..host import ProgressBar, throw_if_interrupted
-        from .compressed_files import merged
+        from .compressed_files import with_changes
 
         scheme = QuantScheme(
             int(weight_bits), int(act_bits), int(group_size), method, rotation, j_threshold, smooth_alpha, protect_down, keep_below_db,
@@ -98,16 +99,20 @@ class RectiflowQuantize(Node):
         layers = chosen_layers(model, include, exclude, self.TITLE)
         bar = ProgressBar(len(layers))
 
+        keys = {name: f"{NETWORK}{name}.weight" for name in layers}
+        # A LoRA in front of a wrapper (a mask, say) cannot stay beside the codes, which have the wrapper in them.
+        inside = {name for name, key in keys.items() if lora == "before" or key in model.weight_wrapper_patches}
+
         def weight_of(name: str):
-            key, weight = f"{PREFIX}{name}.weight", own_weight(model, name, layers[name])
-            return merged(model, key, weight) if lora == "before" and key in model.patches else weight
+            weight = own_weight(model, name, layers[name])
+            return with_changes(model, keys[name], weight) if name in inside else weight
 
         def step() -> None:
             bar.update(1)
             throw_if_interrupted()
 
         made, reports = quantised_layers(layers, weight_of, scheme, stats, self.TITLE, step)
-        patched = put_on(model, made, lora == "before", layers.__getitem__)
+        patched = put_on(model, made, inside, layers.__getitem__)
         return (patched, report_table(scheme, reports, model.model_size(), patched.size))
 
 

@@ -1,16 +1,22 @@
 """What a compressed file says about itself: a JSON that is checked field by field before a tensor is believed.
 
 It stands twice in a file: as the tensor `compress.manifest` (uint8), since the stock loaders hand on tensors and nothing else, and under
-`compress_manifest` in the metadata, for people. Version 1 describes quantised layers. Removed blocks (kept), narrowed ones (width) and
-trained replacements (students) have their fields, which a file of this version leaves empty: a reader that does not know how to build them
-refuses a file that has them.
+`compress_manifest` in the metadata, for people. Names of layers and blocks are those of the whole model:
+
+    {"format": "rectiflow.compressed", "version": 1, "arch": "Flux", "base": {"kind": "detect"}, "base_sha256_16": "<16 hex>",
+     "dtype": "float16", "counts": {"double_blocks": 3}, "kept": {"double_blocks": [0, 2]}, "width": {"double_blocks.0.img_mlp.0":
+     {"rows": 1024, "columns": 256}}, "fields": {"double_blocks.0": {"num_heads": 3}}, "plan": "<JSON of a prune plan>",
+     "quant": {"double_blocks.0.img_mlp.0": {"layout": "groups", "bits": 4, …}}}
+
+kept: blocks of a holder that are in the file, where some are not; tensors of these are renumbered without gaps. width: full size of a
+linear layer that is stored narrower. fields: whole numbers that a narrowed block counts with.
 """
 
 from __future__ import annotations
 
 import json
 import re
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
@@ -20,15 +26,18 @@ from ..quant.linear import LORA_POLICIES
 from ..quant.rotation import KINDS
 from ..quant.stored import LAYOUTS
 
-__all__ = ["CORE_NAME", "METADATA", "TENSOR", "VERSION", "LayerFormat", "Manifest", "ManifestError", "core_marker", "read_core_marker"]
+__all__ = [
+    "CORE_NAME", "METADATA", "TENSOR", "VERSION", "LayerFormat", "Manifest", "ManifestError", "Renumbering", "core_marker",
+    "read_core_marker",
+]  # fmt: skip
 
 FORMAT = "rectiflow.compressed"
 VERSION = 1
 TENSOR, METADATA = "compress.manifest", "compress_manifest"
 CORE_NAME = "int8_tensorwise"
-LONGEST = 16 << 20
+LONGEST = 64 << 20
 LARGEST = 1 << 24  # channels
-EMPTY = ("kept", "students", "width")
+NARROWEST = 64  # a stored side is at least this share of the full one: the network is built at full size before it is narrowed
 DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
 HASH = re.compile(r"[0-9a-f]{16}")
 
@@ -37,9 +46,15 @@ class ManifestError(ValueError):
     """A manifest that this reader does not take; the message says what is wrong in it."""
 
 
+def _whole(value: Any, low: int, high: int, what: str) -> int:
+    if type(value) is not int or not low <= value <= high:
+        raise ManifestError(f"{what} is {str(value)[:50]}, not a whole number from {low} to {high}")
+    return value
+
+
 @dataclass(frozen=True)
 class LayerFormat:
-    """One quantised layer: rows × columns, and how its tensors are read."""
+    """One quantised layer: rows × columns, and how its tensors are read. beside: rank of what bypasses the codes; −1 for a full matrix."""
 
     layout: str
     bits: int
@@ -50,6 +65,7 @@ class LayerFormat:
     rotation: str
     smooth: bool
     lora: str
+    beside: int = 0
 
     def check(self, name: str) -> None:
         """Raises: ManifestError."""
@@ -59,10 +75,8 @@ class LayerFormat:
             value = getattr(self, field_name)
             if isinstance(value, bool) or value not in allowed:
                 raise ManifestError(f"layer {name[:100]}: {field_name} is {str(value)[:50]!r}; known are {', '.join(map(str, allowed))}")
-        for field_name in ("rows", "columns", "group"):
-            value = getattr(self, field_name)
-            if type(value) is not int or not (0 if field_name == "group" else 1) <= value <= LARGEST:
-                raise ManifestError(f"layer {name[:100]}: {field_name} is {str(value)[:50]}")
+        for field_name, low in (("rows", 1), ("columns", 1), ("group", 0), ("beside", -1)):
+            _whole(getattr(self, field_name), low, LARGEST, f"layer {name[:100]}: {field_name}")
         if type(self.smooth) is not bool:
             raise ManifestError(f"layer {name[:100]}: smooth is neither true nor false")
         grouped = self.layout == "groups"
@@ -71,20 +85,47 @@ class LayerFormat:
 
 
 @dataclass(frozen=True)
+class Renumbering:
+    """Between the whole model's numbers of blocks and those of a file that has no gaps. kept: holder → numbers, ascending."""
+
+    kept: Mapping[str, tuple[int, ...]]
+
+    def _mapped(self, name: str, number: Callable[[tuple[int, ...], int], int | None]) -> str | None:
+        for holder, kept in self.kept.items():
+            if name.startswith(f"{holder}."):
+                index, _, rest = name[len(holder) + 1 :].partition(".")
+                found = number(kept, int(index)) if index.isdecimal() and len(index) < 6 else None
+                return None if found is None else f"{holder}.{found}" + (f".{rest}" if rest else "")
+        return name
+
+    def stored(self, name: str) -> str | None:
+        """The file's name; None in a block that is not kept."""
+        return self._mapped(name, lambda kept, index: kept.index(index) if index in kept else None)
+
+    def whole(self, name: str) -> str | None:
+        """The whole model's name of a file's; None beyond the kept blocks."""
+        return self._mapped(name, lambda kept, index: kept[index] if index < len(kept) else None)
+
+
+@dataclass(frozen=True)
 class Manifest:
-    """base: how the network is built, {"kind": "tiny"} or {"kind": "detect"}; arch: class of the transformer; dtype: of the other weights;
-    base_sha256_16: hash of the model that it was made from; parents: hashes of what came before that."""
+    """base: how the network is built, {"kind": "tiny"} or {"kind": "detect"}; arch: class of the transformer; dtype: of weights without
+    codes; base_sha256_16: hash of the model that it was made from, as prune plans name it."""
 
     arch: str
     base: dict[str, str]
     base_sha256_16: str
     dtype: str
-    quant: dict[str, LayerFormat]
-    kept: dict[str, Any] = field(default_factory=dict)
-    students: dict[str, Any] = field(default_factory=dict)
-    width: dict[str, Any] = field(default_factory=dict)
-    train: dict[str, Any] = field(default_factory=dict)
-    parents: list[str] = field(default_factory=list)
+    quant: dict[str, LayerFormat] = field(default_factory=dict)
+    counts: dict[str, int] = field(default_factory=dict)
+    kept: dict[str, tuple[int, ...]] = field(default_factory=dict)
+    width: dict[str, dict[str, int]] = field(default_factory=dict)
+    fields: dict[str, dict[str, int]] = field(default_factory=dict)
+    plan: str = ""
+
+    @property
+    def numbering(self) -> Renumbering:
+        return Renumbering(self.kept)
 
     def text(self) -> str:
         """JSON with sorted keys: equal manifests are equal texts."""
@@ -102,7 +143,7 @@ class Manifest:
         if stored.dtype != torch.uint8 or stored.ndim != 1 or not 0 < stored.numel() <= LONGEST:
             raise ManifestError(f"{TENSOR} is {tuple(stored.shape)} {stored.dtype}, not bytes of a text")
         try:
-            found = json.loads(bytes(stored.tolist()).decode("utf-8"))
+            found = json.loads(stored.numpy().tobytes().decode("utf-8"))
         except (ValueError, RecursionError) as error:
             raise ManifestError(f"{TENSOR} is not JSON: {str(error)[:100]}") from error
         if not isinstance(found, dict) or found.get("format") != FORMAT:
@@ -113,24 +154,26 @@ class Manifest:
 
     @classmethod
     def _checked(cls, found: dict[str, Any]) -> Manifest:
-        kinds = {"arch": str, "base": dict, "base_sha256_16": str, "dtype": str, "quant": dict, "kept": dict, "students": dict,
-                 "width": dict, "train": dict, "parents": list}  # fmt: skip
+        kinds = {name: dict for name in ("base", "quant", "counts", "kept", "width", "fields")}
+        kinds |= {name: str for name in ("arch", "base_sha256_16", "dtype", "plan")}
         if set(found) != set(kinds):
             raise ManifestError(f"fields {', '.join(sorted(set(found) ^ set(kinds)))[:200]} are missing or unknown")
         for name, kind in kinds.items():
             if not isinstance(found[name], kind):
                 raise ManifestError(f"{name} is {type(found[name]).__name__}, not {kind.__name__}")
-        for name in EMPTY:
-            if found[name]:
-                raise ManifestError(f"the file has {name} (pruned or replaced blocks), which this reader cannot build")
         if found["base"].get("kind") not in ("tiny", "detect") or len(found["base"]) != 1:
             raise ManifestError(f"base is {str(found['base'])[:100]}; known are tiny and detect")
         if found["dtype"] not in DTYPES:
             raise ManifestError(f"dtype is {found['dtype'][:50]!r}; known are {', '.join(DTYPES)}")
-        hashes = [found["base_sha256_16"], *found["parents"]]
-        if not all(isinstance(value, str) and HASH.fullmatch(value) for value in hashes):
-            raise ManifestError("base_sha256_16 and parents must be hashes of 16 hexadecimal digits")
-        return cls(**{**found, "quant": {name: _layer(name, fields) for name, fields in found["quant"].items()}})
+        if not HASH.fullmatch(found["base_sha256_16"]):
+            raise ManifestError("base_sha256_16 must be a hash of 16 hexadecimal digits")
+        checked = {
+            "quant": {name: _layer(name, fields) for name, fields in found["quant"].items()},
+            "kept": _kept(found["counts"], found["kept"]),
+            "width": {name: _numbers(name, sizes, ("rows", "columns")) for name, sizes in found["width"].items()},
+            "fields": {name: _numbers(name, counts) for name, counts in found["fields"].items()},
+        }
+        return cls(**{**found, **checked})
 
 
 def _layer(name: str, fields: Any) -> LayerFormat:
@@ -140,6 +183,26 @@ def _layer(name: str, fields: Any) -> LayerFormat:
     layer = LayerFormat(**fields)
     layer.check(name)
     return layer
+
+
+def _kept(counts: dict[str, Any], kept: dict[str, Any]) -> dict[str, tuple[int, ...]]:
+    if set(counts) != set(kept):
+        raise ManifestError("counts and kept must name the same holders")
+    found = {}
+    for holder, numbers in kept.items():
+        count = _whole(counts[holder], 1, 10_000, f"counts of {holder[:100]}")
+        if not isinstance(numbers, list):
+            raise ManifestError(f"kept of {holder[:100]} is no list")
+        found[holder] = tuple(_whole(number, 0, count - 1, f"kept of {holder[:100]}") for number in numbers)
+        if list(found[holder]) != sorted(set(found[holder])):
+            raise ManifestError(f"kept of {holder[:100]} does not rise")
+    return found
+
+
+def _numbers(name: str, found: Any, exactly: tuple[str, ...] | None = None) -> dict[str, int]:
+    if not isinstance(found, dict) or (exactly is not None and set(found) != set(exactly)):
+        raise ManifestError(f"{name[:100]} must have {', '.join(exactly or ('names and numbers',))}")
+    return {what: _whole(value, 1, LARGEST, f"{what[:50]} of {name[:100]}") for what, value in found.items()}
 
 
 def core_marker(rotation: str) -> torch.Tensor:

@@ -14,6 +14,7 @@ from torch import nn
 
 from ...errors import input_error
 from ...families.stack import Stack, StackBlock, stack_of
+from ..modules import bytes_of, seen_bytes
 from .identity import NETWORK, model_hash, original_module
 from .plan import PrunePlan
 
@@ -45,11 +46,6 @@ def stack_under(model: Any, where: str) -> Stack:
     return stack_of(model.model.diffusion_model, where)
 
 
-def bytes_of(module: nn.Module) -> int:
-    tensors = {id(value): value for value in (*module.parameters(), *module.buffers())}
-    return sum(value.numel() * value.element_size() for value in tensors.values())
-
-
 def apply_plan(model: Any, plan: PrunePlan, where: str, students: Mapping[str, nn.Module] | None = None) -> Any:
     """A clone of MODEL `model` that is what `plan` keeps of it. Widths are not touched; see compact.py.
 
@@ -76,11 +72,11 @@ def apply_plan(model: Any, plan: PrunePlan, where: str, students: Mapping[str, n
 
 def _exchange(patched: Any, path: str, module: nn.Module) -> int:
     """Put `module` at `path`; returns by how many bytes the model grows."""
-    name = NETWORK + path
+    name, before = NETWORK + path, seen_bytes(patched, path)
     for inner in [other for other in patched.object_patches if other.startswith(f"{name}.")]:
         del patched.object_patches[inner]  # what was put into the block before would be put into `module`
     patched.add_object_patch(name, module)
-    return bytes_of(module) - bytes_of(original_module(patched, path))
+    return bytes_of(module) - before
 
 
 def without_plan(model: Any, plan: PrunePlan, where: str) -> Any:

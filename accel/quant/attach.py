@@ -7,89 +7,63 @@ the layers that go and loads those that come.
 
 from __future__ import annotations
 
+import re
 import uuid
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from typing import Any
 
-import torch
 from torch import nn
 
 from ...errors import input_error
+from ..modules import NETWORK, seen_modules
 from .linear import QuantLinear
-from .recipe import linear_layers
 
-__all__ = ["PREFIX", "chosen_layers", "own_weight", "put_on", "quantised_parts"]
+__all__ = ["chosen_layers", "put_on", "quantised_parts"]
 
-PREFIX = "diffusion_model."
+
+def _expression(where: str, name: str, text: str) -> re.Pattern | None:
+    try:
+        return re.compile(text) if text.strip() else None
+    except re.error as error:
+        raise input_error(where, name, text, f"a regular expression ({error})", "Correct it, or leave the field empty.") from error
 
 
 def chosen_layers(model: Any, include: str, exclude: str, where: str) -> dict[str, nn.Linear]:
-    """The linear layers of MODEL's blocks, as this clone sees them, whose names both expressions let through.
+    """The linear layers of MODEL's numbered blocks, as this clone sees them, whose names both expressions let through.
 
-    Raises: NodeInputError for an expression that cannot be read, one that matches no layer, and a model that is quantised already.
+    Layers that are quantised already and blocks that are left out are not among them.
+
+    Raises: NodeInputError for an expression that cannot be read, and one that matches no layer.
     """
-    import re
-
-    patterns = []
-    for name, text in (("include", include), ("exclude", exclude)):
-        try:
-            patterns.append(re.compile(text) if text.strip() else None)
-        except re.error as error:
-            raise input_error(where, name, text, f"a regular expression ({error})", "Correct it, or leave the field empty.") from error
-    wanted, unwanted = patterns
-    if quantised_parts(model):
-        remedy = "Link the model before its Quantize node, or the file it was quantised from."
-        raise input_error(where, "model", "a model with quantised layers", "a model in 16 or 32 bits", remedy)
+    wanted, unwanted = _expression(where, "include", include), _expression(where, "exclude", exclude)
     found = {}
-    for name, _ in linear_layers_of(model):
+    for name, layer in seen_modules(model):
+        if not isinstance(layer, nn.Linear) or not re.search(r"\.\d+\.", name):
+            continue
         if (wanted is None or wanted.search(name)) and not (unwanted and unwanted.search(name)):
-            layer = model.get_model_object(PREFIX + name)
             if layer.weight.is_floating_point() and layer.weight.element_size() > 1:
                 found[name] = layer
     if not found:
-        remedy = "Leave include empty for every linear layer of the blocks."
-        raise input_error(where, "include", include, "a part of the names of this model's linear layers", remedy)
+        remedy = "Leave include empty for every linear layer of the blocks; layers that are quantised already are no longer among them."
+        raise input_error(where, "include", include, "a part of the names of linear layers in 16 or 32 bits", remedy)
     return found
-
-
-def linear_layers_of(model: Any) -> list[tuple[str, nn.Module]]:
-    """`linear_layers`, also where another clone's quantised layers lie on the shared network at the moment."""
-    transformer = model.get_model_object("diffusion_model")
-    names = {name for name, _ in linear_layers(transformer)}
-    names |= {name for name, module in transformer.named_modules() if isinstance(module, QuantLinear)}
-    ordered = [name for name, _ in transformer.named_modules() if name in names]
-    seen = [(name, model.get_model_object(PREFIX + name)) for name in ordered]
-    return [(name, layer) for name, layer in seen if isinstance(layer, nn.Linear)]
 
 
 def quantised_parts(model: Any) -> dict[str, QuantLinear]:
     """The quantised layers of MODEL as this clone sees them, by name, in the network's order."""
-    found = {}
-    for name, module in model.get_model_object("diffusion_model").named_modules():
-        patch = model.object_patches.get(PREFIX + name)
-        if isinstance(patch, QuantLinear):
-            found[name] = patch
-        elif isinstance(module, QuantLinear) and isinstance(own := model.get_model_object(PREFIX + name), QuantLinear):
-            found[name] = own
-    return found
+    return {name: module for name, module in seen_modules(model) if isinstance(module, QuantLinear)}
 
 
-def own_weight(model: Any, name: str, layer: nn.Linear) -> torch.Tensor:
-    """A layer's weight before any patch, also while the network is loaded with patches."""
-    kept = model.backup.get(f"{PREFIX}{name}.weight")
-    weight = layer.weight.data
-    return kept.weight if kept is not None and kept.weight.shape == weight.shape and kept.weight.dtype == weight.dtype else weight
-
-
-def put_on(model: Any, layers: Mapping[str, QuantLinear], merged: bool, shape_of: Callable[[str], nn.Linear]) -> Any:
-    """A clone of MODEL with these layers. merged: its weight patches on them are in the codes already and are dropped."""
+def put_on(model: Any, layers: Mapping[str, QuantLinear], inside: Collection[str], layer_of: Callable[[str], nn.Linear]) -> Any:
+    """A clone of MODEL with these layers. inside: names of those whose weight patches and wrappers are in the codes already."""
     patched = model.clone()
     saved = 0
     for name, layer in layers.items():
-        saved += shape_of(name).weight.nbytes - layer.nbytes
-        patched.add_object_patch(PREFIX + name, layer)
-        if merged:
-            patched.patches.pop(f"{PREFIX}{name}.weight", None)
+        saved += layer_of(name).weight.nbytes - layer.nbytes
+        patched.add_object_patch(NETWORK + name, layer)
+        if name in inside:
+            patched.patches.pop(f"{NETWORK}{name}.weight", None)
+            patched.weight_wrapper_patches.pop(f"{NETWORK}{name}.weight", None)
     patched.size = model.model_size() - saved
     patched.patches_uuid = uuid.uuid4()
     return patched

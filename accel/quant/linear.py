@@ -28,7 +28,7 @@ from ...kernels.int8_linear import Int8Weight, int8_linear
 from .rotation import Rotation
 from .stored import StoredWeight
 
-__all__ = ["LORA_POLICIES", "QuantLinear", "factors"]
+__all__ = ["LORA_POLICIES", "QuantLinear", "factors", "product"]
 
 LORA_POLICIES = ("bypass", "requant")
 FULL = 16  # bits of activations that are left alone
@@ -55,19 +55,26 @@ def factors(added: torch.Tensor, scale: float) -> tuple[torch.Tensor, torch.Tens
     return torch.empty(0, columns), added
 
 
+def product(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
+    """What `factors` took apart, (n, k) float32."""
+    return b.float() @ a.float() if len(a) else b.float()
+
+
 class QuantLinear(nn.Module):
     """Made by `recipe.quantised_layer`, or by a file.
 
     Args:
         stored: codes of W·diag(1/m)·R.
         bias: (n,) or None. act_bits: 2 to 8, or 16. smooth: m (k,) float32 or None. lora: one of LORA_POLICIES.
+        added: factors (a, b) as `factors` gives them, of what bypasses the codes for good: a file's LoRA.
     """
 
     comfy_cast_weights = True
 
     def __init__(
-        self, stored: StoredWeight, bias: torch.Tensor | None, act_bits: int, rotation: Rotation, smooth: torch.Tensor | None, lora: str
-    ):
+        self, stored: StoredWeight, bias: torch.Tensor | None, act_bits: int, rotation: Rotation, smooth: torch.Tensor | None, lora: str,
+        added: tuple[torch.Tensor, torch.Tensor] | None = None,
+    ):  # fmt: skip
         super().__init__()
         self.in_features, self.out_features = stored.columns, stored.codes.shape[0]
         self.act_bits, self.lora = act_bits, lora
@@ -78,6 +85,8 @@ class QuantLinear(nn.Module):
         self.register_buffer("tlq_codebook", stored.book)
         self.register_buffer("weight_s_rel", stored.group_scale)
         self.register_buffer("smooth", smooth)
+        self.register_buffer("lora_down", None if added is None else added[0])
+        self.register_buffer("lora_up", None if added is None else added[1])
         self.rotation = rotation
         self.weight_function: list = []
         self.bias_function: list = []
@@ -108,10 +117,12 @@ class QuantLinear(nn.Module):
     @property
     def nbytes(self) -> int:
         """Of everything but the bias; the rotation's fixed matrices are no part of the model."""
-        signs = 0 if self.rotation.signs is None else self.in_features
-        drawn = sum(matrix.nbytes + order.nbytes for order, matrix, _ in self.rotation.blocks if order is not None)
-        first = self.rotation.blocks[0][1].nbytes if self.rotation.kind == "dual" else 0
-        return self.stored.nbytes + signs + drawn + first + (0 if self.smooth is None else self.smooth.nbytes)
+        return self.stored.nbytes + self.rotation.drawn_bytes + sum(t.nbytes for t in (self.smooth, *(self.added or ())) if t is not None)
+
+    @property
+    def added(self) -> tuple[torch.Tensor, torch.Tensor] | None:
+        """Factors of what bypasses the codes for good."""
+        return None if self.lora_up is None else (self.lora_down, self.lora_up)
 
     @property
     def bits_per_weight(self) -> float:
@@ -119,7 +130,7 @@ class QuantLinear(nn.Module):
 
     # The basis of the codes and that of training
 
-    def _into_basis(self, weight: torch.Tensor) -> torch.Tensor:
+    def into_basis(self, weight: torch.Tensor) -> torch.Tensor:
         return self.rotation.apply(weight if self.smooth is None else weight / self.smooth)
 
     def numbers(self, stored: StoredWeight | None = None) -> torch.Tensor:
@@ -147,7 +158,7 @@ class QuantLinear(nn.Module):
             self.weight = nn.Parameter(self.weight.data, requires_grad=False)
             self._added = (self.weight, a.to(base.device), b.to(base.device))
             return None
-        codes = self.stored.requantised(self._into_basis(weight.float()), seed)
+        codes = self.stored.requantised(self.into_basis(weight.float()), seed)
         if return_weight:
             return codes
         if inplace_update:
@@ -167,11 +178,15 @@ class QuantLinear(nn.Module):
             out = F.linear(turned, self.stored.numbers().to(x.dtype), bias)
         else:
             out = int8_linear(turned, Int8Weight(*self.stored.as_int8()), bias, self.act_bits)
-        added = self._added
-        if added is not None and added[0] is self.weight:
-            a, b = (part.to(x) for part in added[1:])
+        for a, b in self._beside():
+            a, b = a.to(x), b.to(x)
             out = out + (F.linear(F.linear(x, a), b) if len(a) else F.linear(x, b))
         return out
+
+    def _beside(self) -> list[tuple[torch.Tensor, torch.Tensor]]:
+        """Factors of all that bypasses the codes: a file's, and those of the parameter that was set with them."""
+        fresh = self._added
+        return [pair for pair in (self.added, fresh[1:] if fresh is not None and fresh[0] is self.weight else None) if pair is not None]
 
     def _bias(self, x: torch.Tensor) -> torch.Tensor | None:
         if self.bias is None:
@@ -182,7 +197,10 @@ class QuantLinear(nn.Module):
         return bias
 
     def _product_of_functions(self, x: torch.Tensor) -> torch.Tensor:
-        weight, self._handing_out = self.numbers().to(device=x.device, dtype=x.dtype), True
+        weight = self.numbers()
+        if self.added is not None:
+            weight = weight + product(*self.added)
+        weight, self._handing_out = weight.to(device=x.device, dtype=x.dtype), True
         try:
             for function in self.weight_function:
                 weight = function(weight)

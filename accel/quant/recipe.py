@@ -9,7 +9,7 @@ taken where it lowers the same error.
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
 import torch
@@ -22,7 +22,7 @@ from .linear import LORA_POLICIES, QuantLinear
 from .rotation import CONVROT, Rotation, block_hadamard, convrot, dual_rotation, hadamard, no_rotation
 from .stored import store
 
-__all__ = ["ROTATIONS", "LayerReport", "QuantScheme", "layer_report", "linear_layers", "quantised_layer", "report_table"]
+__all__ = ["ROTATIONS", "LayerReport", "QuantScheme", "layer_report", "quantised_layer", "quantised_layers", "report_table"]
 
 ROTATIONS = ("auto", "none", "hadamard", "hadamard_block", "convrot", "dual", "threshold")
 TRIAL_ROWS = 64  # of the weight, to rank rotations
@@ -79,13 +79,6 @@ class LayerReport:
     weight_db: float | None = None
     output_db: float | None = None
     kept: str = ""
-
-
-def linear_layers(transformer: nn.Module) -> Iterator[tuple[str, nn.Linear]]:
-    """Every linear layer inside a numbered block, by its name."""
-    for name, module in transformer.named_modules():
-        if isinstance(module, nn.Linear) and re.search(r"\.\d+\.", name):
-            yield name, module
 
 
 def reason_to_keep(name: str, layer: nn.Linear, scheme: QuantScheme) -> str:

@@ -68,6 +68,14 @@ class Rotation:
             out = out * self.signs.to(out)
         return out.to(x.dtype)
 
+    @property
+    def drawn_bytes(self) -> int:
+        """What a file stores of it: a byte a sign; drawn matrices and the order between them."""
+        signs = 0 if self.signs is None else self.signs.numel()
+        if self.kind != "dual":
+            return signs
+        return sum(matrix.nbytes + (0 if order is None else 4 * order.numel()) for order, matrix, _ in self.blocks)
+
     def to(self, device: torch.device) -> Rotation:
         """The same factors on another device; their dtype stays."""
         move = lambda tensor: None if tensor is None else tensor.to(device)  # noqa: E731

@@ -1,0 +1,163 @@
+"""The MODEL of a file: the host builds a network of the blocks that are there, then the file's layers take their places in it.
+
+The host is given a state dict of the whole widths, in which every weight that is stored otherwise is one number spread over its shape: it
+takes no memory. What is set afterwards is set on a network that was just made and that nobody else has.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch import nn
+
+from ...errors import input_error
+from ...families.stack import COUNTED_BY_WIDTH, depth_is_counted, stack_of
+from ..modules import NETWORK
+from ..prune.apply import ATTACHMENT as PLAN
+from ..prune.apply import SkipBlock
+from ..prune.plan import PrunePlan
+from .manifest import DTYPES, Manifest
+from .reading import Loaded
+from .writing import ATTACHMENT
+
+__all__ = ["built_model"]
+
+Make = Callable[[dict[str, torch.Tensor]], Any]
+
+
+def built_model(loaded: Loaded, make: Make, where: str, compact: bool = False) -> Any:
+    """MODEL of a file.
+
+    Args:
+        make: state dict without a prefix → MODEL of a new network, None for one that the host does not know.
+        compact: number the blocks that are there from 0, in place of their numbers in the whole model.
+
+    Raises: NodeInputError for a file that is not a whole model of its family.
+    """
+    manifest = loaded.manifest
+
+    def refuse(what: str) -> Exception:
+        remedy = "Save the model again, or fetch the file again."
+        return input_error(where, "path", f"a file {what}"[:190], "a whole model of one family", remedy)
+
+    try:
+        model = make(_state(loaded))
+    except (ValueError, RuntimeError, KeyError, IndexError) as error:
+        raise refuse(f"that is no whole model: {error}") from error
+    if model is None:
+        raise input_error(where, "path", manifest.arch, "a transformer that this host knows", "Update the host, or save the model again.")
+    network = model.get_model_object(NETWORK[:-1])
+    if manifest.arch not in ("", type(network).__name__):
+        raise refuse(f"of {manifest.arch[:100]} that reads as {type(network).__name__}")
+    try:
+        _place_blocks(network, loaded, where)
+        for path, fields in manifest.fields.items():
+            _set_fields(network.get_submodule(path), path, fields)
+        for name in manifest.width:
+            if name not in loaded.layers:
+                _place(network, name, _narrow(network, name, loaded), loaded)
+        for name, layer in loaded.layers.items():
+            _place(network, name, layer, loaded)
+    except (AttributeError, LookupError) as error:
+        raise refuse(f"that does not fit {type(network).__name__}: {error}") from error
+    missing = [key for key in network.state_dict() if key not in loaded.plain and key.rpartition(".")[0] not in loaded.layers]
+    if missing:
+        raise refuse(f"without {len(missing)} weights of {type(network).__name__}: {missing[0]}")
+    model.size = 0
+    model.size = model.model_size() + sum(layer.rotation.drawn_bytes for layer in loaded.layers.values())
+    return _compacted(model, loaded, where) if compact and manifest.kept else _with_manifest(model, manifest, loaded.plan)
+
+
+def _with_manifest(model: Any, manifest: Manifest, plan: PrunePlan | None) -> Any:
+    model.set_attachments(ATTACHMENT, manifest)
+    if plan is not None:
+        model.set_attachments(PLAN, plan)
+    return model
+
+
+def _compacted(model: Any, loaded: Loaded, where: str) -> Any:
+    """MODEL without the modules that stand for blocks that are left out, and nothing known of them."""
+    network = model.get_model_object(NETWORK[:-1])
+    if not depth_is_counted(network):
+        remedy = "Turn it off: this family's number of blocks follows from its width."
+        raise input_error(where, "compact_numbering", True, "families whose blocks are counted in a file", remedy)
+    for holder in loaded.manifest.kept:
+        setattr(network, holder, nn.ModuleList(block for block in getattr(network, holder) if not isinstance(block, SkipBlock)))
+    stored = loaded.manifest.numbering.stored
+    moved = {part: {stored(n): v for n, v in getattr(loaded.manifest, part).items()} for part in ("quant", "width", "fields")}
+    return _with_manifest(model, replace(loaded.manifest, counts={}, kept={}, plan="", **moved), None)
+
+
+def _state(loaded: Loaded) -> dict[str, torch.Tensor]:
+    """What the host builds from: whole widths, the blocks that are there numbered without gaps."""
+    manifest, dtype = loaded.manifest, DTYPES[loaded.manifest.dtype]
+    state = dict(loaded.plain)
+    full = {name: (form.rows, form.columns) for name, form in manifest.quant.items()}
+    full |= {name: (sizes["rows"], sizes["columns"]) for name, sizes in manifest.width.items()}
+    for name, shape in full.items():
+        state[f"{name}.weight"] = torch.zeros(1, 1, dtype=dtype).expand(shape)
+        if f"{name}.bias" in state:
+            state[f"{name}.bias"] = torch.zeros(1, dtype=dtype).expand(shape[0])
+    if COUNTED_BY_WIDTH in manifest.kept:
+        return state | _stand_ins(state, manifest.kept[COUNTED_BY_WIDTH], manifest.counts[COUNTED_BY_WIDTH])
+    return {manifest.numbering.stored(name): tensor for name, tensor in state.items()}
+
+
+def _stand_ins(state: dict[str, torch.Tensor], kept: tuple[int, ...], count: int) -> dict[str, torch.Tensor]:
+    """Weights without memory for the blocks that are left out of a family whose blocks are not counted: shaped as the last but one."""
+    like = f"{COUNTED_BY_WIDTH}.{kept[-2] if len(kept) > 1 else kept[-1]}."
+    shapes = {key[len(like) :]: tensor for key, tensor in state.items() if key.startswith(like)}
+    gone = [number for number in range(count) if number not in kept]
+    return {
+        f"{COUNTED_BY_WIDTH}.{number}.{rest}": torch.zeros((1,) * t.ndim, dtype=t.dtype).expand(t.shape)
+        for number in gone for rest, t in shapes.items()
+    }  # fmt: skip
+
+
+def _place_blocks(network: nn.Module, loaded: Loaded, where: str) -> None:
+    """Every block at its number in the whole model; what hands its tokens on at the numbers between."""
+    for holder, kept in loaded.manifest.kept.items():
+        there, count = list(getattr(network, holder)), loaded.manifest.counts[holder]
+        by_number = dict(zip(kept, there)) if depth_is_counted(network) else {number: there[number] for number in kept}
+        if len(by_number) != len(kept):
+            raise LookupError(f"{len(there)} blocks in {holder}, {len(kept)} are kept")
+        setattr(network, holder, nn.ModuleList(by_number.get(number, nn.Identity()) for number in range(count)))
+    if loaded.manifest.kept:
+        for block in stack_of(network, where).blocks:
+            if block.index not in loaded.manifest.kept.get(block.holder, (block.index,)):
+                getattr(network, block.holder)[block.index] = SkipBlock(block)
+
+
+def _set_fields(module: nn.Module, path: str, fields: dict[str, int]) -> None:
+    for name, value in fields.items():
+        own = getattr(module, name, None)
+        if not name.isidentifier() or type(own) is not int or not 1 <= value <= own:
+            raise LookupError(f"{name[:50]} of {path[:100]} cannot be {value}")
+        setattr(module, name, value)
+
+
+def _narrow(network: nn.Module, name: str, loaded: Loaded) -> nn.Module:
+    """A linear layer of the network's own class around the file's smaller weight."""
+    own, weight = network.get_submodule(name), loaded.plain[f"{name}.weight"]
+    bias = loaded.plain.get(f"{name}.bias")
+    if not isinstance(own, nn.Linear) or (bias is None) != (own.bias is None) or (bias is not None and bias.shape != weight.shape[:1]):
+        raise LookupError(f"{name[:100]} is no linear layer with such a bias")
+    with torch.device("meta"):
+        small = type(own)(weight.shape[1], weight.shape[0], bias=bias is not None)
+    small.weight = nn.Parameter(weight.to(own.weight.dtype), requires_grad=False)
+    if bias is not None:
+        small.bias = nn.Parameter(bias.to(own.bias.dtype), requires_grad=False)
+    return small
+
+
+def _place(network: nn.Module, name: str, layer: nn.Module, loaded: Loaded) -> None:
+    owner, _, last = name.rpartition(".")
+    parent = network.get_submodule(owner)
+    own = getattr(parent, last)
+    full = loaded.manifest.width.get(name, {"rows": layer.out_features, "columns": layer.in_features})
+    if not isinstance(own, nn.Linear) or full != {"rows": own.out_features, "columns": own.in_features}:
+        raise LookupError(f"{name[:100]} is no linear layer of {full['rows']}×{full['columns']}")
+    setattr(parent, last, layer)

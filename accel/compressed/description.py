@@ -1,0 +1,37 @@
+"""What a compressed file holds, as text."""
+
+from __future__ import annotations
+
+from .reading import Loaded
+
+__all__ = ["describe"]
+
+
+def describe(loaded: Loaded) -> str:
+    """Lines on blocks, widths and bytes, and a table of the quantised layers."""
+    manifest = loaded.manifest
+    made = f"made from {manifest.base_sha256_16}" if manifest.arch else "of the core"
+    lines = [f"{manifest.arch or 'int8 file'}, {made}; {loaded.size / 2**20:.2f} MiB, others in {manifest.dtype}"]
+    for holder, kept in manifest.kept.items():
+        gone = [str(number) for number in range(manifest.counts[holder]) if number not in kept]
+        lines.append(f"{holder}: {len(kept)} of {manifest.counts[holder]} blocks, without {', '.join(gone)}")
+    if loaded.plan is not None and loaded.plan.method:
+        lines.append(f"pruned by {loaded.plan.method}")
+    if manifest.width:
+        lines.append(f"{len(manifest.width)} layers are narrower than the whole model's")
+    lines.append(f"other weights: {sum(tensor.nbytes for tensor in loaded.plain.values())} bytes")
+    if not loaded.layers:
+        return "\n".join([*lines, "no quantised layers"])
+    weights = sum(form.rows * form.columns for form in manifest.quant.values())
+    stored = sum(layer.nbytes for layer in loaded.layers.values())
+    lines.append(f"{len(loaded.layers)} quantised layers: {weights} weights in {stored} bytes, {8 * stored / weights:.2f} bits a weight")
+    lines += ["", "| layer | size | format | rotation | bits/weight | LoRA |", "|---|---|---|---|---|---|"]
+    for name, form in manifest.quant.items():
+        group = f" group {form.group}" if form.group else ""
+        full = manifest.width.get(name)
+        size = f"{form.rows}×{form.columns}" + (f" of {full['rows']}×{full['columns']}" if full else "")
+        rotation = form.rotation + (" + smooth" if form.smooth else "")
+        lora = form.lora + (" (one is beside the codes)" if form.beside else "")
+        bits = loaded.layers[name].bits_per_weight
+        lines.append(f"| {name} | {size} | W{form.bits}A{form.act_bits} {form.layout}{group} | {rotation} | {bits:.2f} | {lora} |")
+    return "\n".join(lines)

@@ -1,0 +1,197 @@
+"""A MODEL as the tensors of a file: pruned, narrowed, quantised, or several of these.
+
+Forms of a file:
+
+    rectiflow   everything, with a manifest. Layers that the core's int8_tensorwise can say are written exactly so, tensor by tensor and
+                with its marker
+    core_int8   only such layers beside plain ones, without our manifest
+    plain       no quantised layer: the numbers that the codes stand for, for any loader
+
+What is written is what this clone runs: modules as it sees them, weights with its LoRAs and wrappers in them. Blocks that are left out are
+not written, and the blocks behind them move up, so that loaders that count blocks find no gap.
+"""
+
+from __future__ import annotations
+
+import zlib
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any
+
+import torch
+from torch import nn
+
+from ...errors import input_error
+from ...families.stack import depth_is_counted
+from ..modules import NETWORK, own_weight, seen_modules
+from ..prune.apply import SkipBlock, plan_of
+from ..prune.identity import model_hash, original_module
+from ..quant.linear import QuantLinear, factors, product
+from .manifest import DTYPES, METADATA, TENSOR, LayerFormat, Manifest, core_marker
+
+__all__ = ["ATTACHMENT", "FILE_PREFIX", "FORMS", "compressed_tensors"]
+
+FORMS = ("rectiflow", "core_int8", "plain")
+FILE_PREFIX = "model.diffusion_model."
+ATTACHMENT = "rectiflow_compressed"  # the manifest of the file that a MODEL came from
+Changed = Callable[[str, torch.Tensor], torch.Tensor]
+
+
+def compressed_tensors(
+    model: Any, form: str, dtype: str, base: str, changed: Changed, where: str
+) -> tuple[dict[str, torch.Tensor], dict[str, str], Manifest]:
+    """(tensors, metadata, manifest) of MODEL in one of FORMS.
+
+    Args:
+        dtype: of the weights that are not quantised, one of DTYPES, or "same". base: "tiny" or "detect", how the network is built again.
+        changed: a weight's key and its float32 numbers → the numbers with this clone's patches and wrappers.
+
+    Raises: NodeInputError for what the form cannot say.
+    """
+    modules = dict(seen_modules(model))
+    layers = {name: _stored_layer(model, name, layer, changed) for name, layer in modules.items() if isinstance(layer, QuantLinear)}
+    plain = dict(_plain_tensors(model, modules, changed))
+    widest = max((t for t in plain.values() if t.is_floating_point()), key=torch.Tensor.numel, default=torch.zeros(0))
+    chosen = DTYPES.get(dtype, widest.dtype)
+    named = next((name for name, value in DTYPES.items() if value == chosen), "float32")
+    formats = {name: form_of for name, (form_of, _) in layers.items()}
+    manifest = _manifest(model, modules, formats, base, named)
+    _check_form(model, form, manifest, where)
+    tensors = {name: weight.to(chosen) if weight.is_floating_point() else weight for name, weight in plain.items()}
+    for name, (_, parts) in layers.items():
+        if form == "plain":
+            parts = {"weight": _numbers(modules[name], parts).to(chosen)}
+        bias = modules[name].bias
+        if bias is not None:
+            key = f"{NETWORK}{name}.bias"
+            parts = {**parts, "bias": changed(key, own_weight(model, name, modules[name], "bias").float()).to(chosen)}
+        tensors |= {f"{name}.{part}": tensor for part, tensor in parts.items()}
+    placed = {FILE_PREFIX + manifest.numbering.stored(name): tensor for name, tensor in tensors.items()}
+    if form != "rectiflow":
+        return placed, {}, manifest
+    return placed | {TENSOR: manifest.tensor()}, {METADATA: manifest.text()}, manifest
+
+
+def _check_form(model: Any, form: str, manifest: Manifest, where: str) -> None:
+    if form == "rectiflow":
+        return
+    foreign = [name for name, found in manifest.quant.items() if not _core_can_say(found)]
+    if form == "core_int8" and (foreign or not manifest.quant):
+        got = f"core_int8 with {len(foreign)} other layers: {foreign[0]}, …" if foreign else "core_int8 of a model without quantised layers"
+        allowed = "W8A8 layers with rotation none or convrot, without smoothing and without a LoRA beside the codes"
+        remedy = "Choose rectiflow, or quantise with 8 bits, rotation convrot and smooth_alpha 0."
+        raise input_error(where, "format", got, allowed, remedy)
+    if manifest.width or manifest.fields:
+        remedy = "Choose rectiflow: other loaders take one width for all blocks."
+        raise input_error(where, "format", f"{form} of a narrowed model", "models of full width", remedy)
+    if manifest.kept and not depth_is_counted(model.get_model_object("diffusion_model")):
+        remedy = "Choose rectiflow: other loaders take the number of this family's blocks from its width, and would make up those left out."
+        raise input_error(where, "format", f"{form} without some blocks", "families whose blocks are counted in the file", remedy)
+
+
+# The manifest
+
+
+def _manifest(model: Any, modules: Mapping[str, nn.Module], quant: dict[str, LayerFormat], base: str, dtype: str) -> Manifest:
+    known: Manifest | None = model.get_attachment(ATTACHMENT)
+    plan = plan_of(model)
+    skipped = [name for name, module in modules.items() if isinstance(module, SkipBlock)]
+    counts, kept = {}, {}
+    for holder in sorted({name.rpartition(".")[0] for name in skipped}):
+        members = [name for name in modules if name.rpartition(".")[0] == holder]
+        counts[holder] = len(members)
+        kept[holder] = tuple(number for number in range(len(members)) if f"{holder}.{number}" not in skipped)
+    width, fields = _narrowed(model, modules)
+    if known is not None:
+        width, fields = {**known.width, **width}, {**known.fields, **fields}
+    arch = type(modules[""]).__name__
+    origin = model_hash(model) if known is None else known.base_sha256_16
+    built = {"kind": base} if known is None else known.base
+    text = "" if plan is None else plan.to_json()
+    return Manifest(arch, built, origin, dtype, quant, counts, kept, width, fields, text)
+
+
+def _narrowed(model: Any, modules: Mapping[str, nn.Module]) -> tuple[dict[str, dict[str, int]], dict[str, dict[str, int]]]:
+    """(full sizes of linear layers that are exchanged for smaller ones, whole numbers that are set on modules)."""
+    width, fields = {}, {}
+    for key, value in model.object_patches.items():
+        name = key.removeprefix(NETWORK)
+        if key == name:
+            continue
+        owner, _, last = name.rpartition(".")
+        if type(value) is int and owner in modules:
+            fields.setdefault(owner, {})[last] = value
+        elif name in modules and isinstance(value, (nn.Linear, QuantLinear)):
+            whole = original_module(model, name)
+            full = {"rows": whole.out_features, "columns": whole.in_features}
+            if full != {"rows": value.out_features, "columns": value.in_features}:
+                width[name] = full
+    return width, fields
+
+
+# Quantised layers
+
+
+def _core_can_say(form: LayerFormat) -> bool:
+    return form.layout == "int8" and form.act_bits == 8 and form.rotation in ("none", "convrot") and not form.smooth and not form.beside
+
+
+def _stored_layer(model: Any, name: str, layer: QuantLinear, changed: Changed) -> tuple[LayerFormat, dict[str, torch.Tensor]]:
+    """How a layer is read again, and its tensors, with what this clone's patches add."""
+    codes, added = _patched(model, name, layer, changed)
+    parts = dict(layer.stored.with_codes(codes).tensors())
+    if layer.smooth is not None:
+        parts["smooth"] = layer.smooth
+    if layer.rotation.signs is not None:
+        parts["rotation_signs"] = layer.rotation.signs.to(torch.int8)
+    if layer.rotation.kind == "dual":
+        (_, first, _), (order, second, _) = layer.rotation.blocks
+        parts |= {"rotation_first": first, "rotation_order": order.to(torch.int32), "rotation_second": second}
+    beside = 0
+    if added is not None:
+        beside = len(added[0]) or -1
+        parts |= {"lora_up": added[1].contiguous(), **({"lora_down": added[0].contiguous()} if len(added[0]) else {})}
+    form = LayerFormat(
+        layer.layout, layer.bits, layer.act_bits, layer.group, layer.out_features, layer.in_features, layer.rotation.kind,
+        layer.smooth is not None, layer.lora, beside,
+    )  # fmt: skip
+    if _core_can_say(form):
+        parts["comfy_quant"] = core_marker(layer.rotation.kind)
+    return form, parts
+
+
+def _patched(model: Any, name: str, layer: QuantLinear, changed: Changed) -> tuple[torch.Tensor, tuple[torch.Tensor, torch.Tensor] | None]:
+    """(codes, factors beside them) with the LoRAs that this clone has on the layer, as its policy takes them."""
+    key, codes = f"{NETWORK}{name}.weight", own_weight(model, name, layer)
+    if key not in model.patches and key not in model.weight_wrapper_patches:
+        return codes, layer.added
+    base = layer.numbers(layer.stored.with_codes(codes))
+    patched = changed(key, base)
+    if layer.lora == "requant":
+        return layer.stored.requantised(layer.into_basis(patched), zlib.crc32(key.encode())), layer.added
+    added = factors(patched - base, float(base.norm()))
+    if layer.added is not None:
+        added = factors(product(*added) + product(*layer.added), float(base.norm()))
+    return codes, added
+
+
+def _numbers(layer: QuantLinear, parts: Mapping[str, torch.Tensor]) -> torch.Tensor:
+    """The weight (n, k) float32 that a layer with these tensors stands for."""
+    numbers = layer.numbers(layer.stored.with_codes(parts["weight"]))
+    return numbers + product(parts.get("lora_down", ()), parts["lora_up"]) if "lora_up" in parts else numbers
+
+
+# Everything else
+
+
+def _plain_tensors(model: Any, modules: Mapping[str, nn.Module], changed: Changed) -> Iterator[tuple[str, torch.Tensor]]:
+    """Every weight outside of quantised layers, patches applied."""
+    for name, module in modules.items():
+        if isinstance(module, QuantLinear):
+            continue
+        for part in [part for part, value in module._parameters.items() if value is not None]:
+            full = f"{name}.{part}" if name else part
+            weight = own_weight(model, name, module, part)
+            yield full, changed(NETWORK + full, weight.float()).to(weight.dtype) if weight.is_floating_point() else weight
+        for part, value in module._buffers.items():
+            if value is not None and part not in module._non_persistent_buffers_set:
+                yield f"{name}.{part}" if name else part, value
