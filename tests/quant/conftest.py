@@ -14,8 +14,8 @@ from rectiflow.host.embedded import HostSettings, make_host, use_host
 from rectiflow.tests.contract.tiny_runs import TinyRuns
 
 QUANTIZE = {
-    "weight_bits": "8", "act_bits": "8", "group_size": "32", "method": "tlq", "rotation": "hadamard", "j_threshold": 1.0, "smooth_alpha": 0.5,
-    "protect_down": True, "keep_below_db": 0.0, "include": r"_blocks\.[01]\.", "exclude": "", "lora": "before", "seed": 0,
+    "weight_bits": "8", "act_bits": "8", "group_size": "32", "method": "tlq", "rotation": "hadamard", "j_threshold": 1.0,
+    "smooth_alpha": 0.5, "protect_down": True, "keep_below_db": 0.0, "include": r"_blocks\.[01]\.", "exclude": "", "lora": "before", "seed": 0,
 }  # fmt: skip
 
 

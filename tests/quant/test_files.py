@@ -26,6 +26,7 @@ from torch import nn
 LAYERS = ("double_blocks.0.img_mlp.0", "single_blocks.1.linear2")
 GONE = ("double_blocks.1", "single_blocks.3")
 PREFIX = "model.diffusion_model."
+INCLUDE = r"_blocks\.[01]\.(img|lin)"
 
 
 @pytest.fixture(scope="module")
@@ -63,8 +64,8 @@ MODELS = {
     "narrowed": narrowed,
     "narrowed, W4": lambda runs: runs.quantized(narrowed(runs), weight_bits="4", group_size="16", include=r"double_blocks\.0\.img_mlp\.0"),
     "LoRA on plain layers": lambda runs: with_lora(runs.pruned(*GONE), runs.model, LAYERS),
-    "requant": lambda runs: with_lora(runs.quantized(weight_bits="4", lora="requant", include=r"_blocks\.[01]\.(img|lin)"), runs.model, LAYERS),
-    "bypass": lambda runs: with_lora(runs.quantized(weight_bits="4", lora="bypass", include=r"_blocks\.[01]\.(img|lin)"), runs.model, LAYERS),
+    "requant": lambda runs: with_lora(runs.quantized(weight_bits="4", lora="requant", include=INCLUDE), runs.model, LAYERS),
+    "bypass": lambda runs: with_lora(runs.quantized(weight_bits="4", lora="bypass", include=INCLUDE), runs.model, LAYERS),
 }  # fmt: skip
 
 

@@ -42,7 +42,8 @@ def quantised(layer: nn.Linear, stats=None, **scheme) -> QuantLinear:
 
 @pytest.mark.parametrize(
     ("rotation", "width"),
-    [(kind, width) for kind in ("none", "hadamard", "hadamard_block", "convrot") for width in (384, 768, 1152, 3072, 385)] + [("dual", 384)],
+    [(kind, width) for kind in ("none", "hadamard", "hadamard_block", "convrot") for width in (384, 768, 1152, 3072, 385)]
+    + [("dual", 384)],
 )
 def test_without_rounding_every_transform_leaves_the_output(rotation, width):
     """Smoothing and rotation of both sides, float32, to 1e-5: the exact weight takes the place of the codes. (Searching a dual rotation of
@@ -110,7 +111,9 @@ class TestPatcher:
         assert {name: tensor.dtype for name, tensor in made.state_dict().items()} == kinds
         assert torch.equal(made(drawn(8, 256)), before)
 
-    @pytest.mark.parametrize(("policy", "bits", "least"), [("requant", 8, 0.98), ("bypass", 8, 0.98), ("bypass", 4, 0.9), ("requant", 4, 0.6)])
+    @pytest.mark.parametrize(
+        ("policy", "bits", "least"), [("requant", 8, 0.98), ("bypass", 8, 0.98), ("bypass", 4, 0.9), ("requant", 4, 0.6)]
+    )
     def test_a_lora_moves_the_output_as_it_moves_the_whole_layer(self, policy, bits, least):
         """Cosine of the two differences of the output; a LoRA of a tenth of the weight's size. Beside the codes it is exact; rounded into
         those of 4 bits by chance, its noise is as large as it is."""
@@ -154,7 +157,10 @@ class TestRecipe:
     def test_sensitive_layers_stay_by_default(self):
         layer = linear(256, 64)
         scheme = QuantScheme()
-        kept = ("double_blocks.0.img_mod.lin", "blocks.0.adaLN_modulation.1", "joint_blocks.1.x_block.adaLN_modulation.1", "layers.0.time_embed.1")
+        kept = (
+            "double_blocks.0.img_mod.lin", "blocks.0.adaLN_modulation.1", "joint_blocks.1.x_block.adaLN_modulation.1",
+            "layers.0.time_embed.1",
+        )  # fmt: skip
         assert all(reason_to_keep(name, layer, scheme) for name in kept)
         taken = ("double_blocks.0.img_attn.qkv", "blocks.0.self_attn.q", "double_blocks.0.img_mlp.2", "layers.0.feed_forward.w2")
         assert not any(reason_to_keep(name, layer, scheme) for name in taken)

@@ -72,7 +72,8 @@ class TestLoRA:
         exact = runs.latent(with_lora(runs.model, runs.model, LAYERS, 0.05), steps=1) - runs.latent(runs.model, steps=1)
         quantized = runs.quantized(weight_bits=bits, lora=policy)
         front = with_lora(runs.model, runs.model, LAYERS, 0.05)
-        patched = runs.quantized(front, weight_bits=bits, lora=policy) if policy == "before" else with_lora(quantized, runs.model, LAYERS, 0.05)
+        behind = with_lora(quantized, runs.model, LAYERS, 0.05)
+        patched = runs.quantized(front, weight_bits=bits, lora=policy) if policy == "before" else behind
         moved = runs.latent(patched, steps=1) - runs.latent(quantized, steps=1)
         assert torch.nn.functional.cosine_similarity(moved.flatten(), exact.flatten(), dim=0) >= least
 
@@ -172,7 +173,8 @@ class TestNodes:
             runs.quantized(include="(")
         with pytest.raises(NodeInputError, match="'include' got 'nothing'"):
             runs.quantized(include="nothing")
-        shown = {"positive": runs.conditioning(""), "latent_image": {"samples": torch.zeros(1, 16, 8, 8)}, "seed": 0, "num_runs": 1, "layers": ""}
+        latent = {"samples": torch.zeros(1, 16, 8, 8)}
+        shown = {"positive": runs.conditioning(""), "latent_image": latent, "seed": 0, "num_runs": 1, "layers": ""}
         with pytest.raises(NodeInputError, match="'sigmas' got '1 values'"):
             runs.node("RectiflowQuantCalibrate", model=runs.model, sigmas=torch.ones(1), **shown)
         broken = runs.model.clone()
