@@ -1,7 +1,8 @@
-"""How near few bits come: `python bench/quant.py [--part weights rotation model] [--seeds 10]`.
+"""How near few bits come: `python bench/quant.py [--part weights codes rotation model] [--seeds 10]`.
 
     quant_weights    SQNR in dB of weights by quantiser, at equal bits with every scale counted: a normal law, one with long tails, one with
                      one weight in a thousand ten times as large, and layers of the tiny model
+    quant_core_codes codes of our int8 export beside comfy-kitchen's
     quant_rotation   what rotations leave of an unquantised layer's output, and what they gain at 8 bits with four outlier channels
     quant_model      the tiny model in few bits: velocity SQNR over a schedule, bytes, and the final latent's distance
     quant_seeds      twin-log against uniform at equal bytes, seed by seed
@@ -37,6 +38,7 @@ LAYERS = (
 SIGMA = 0.02
 PROMPTS = ("noto cat on white", "twemoji rocket on black")
 STEPS, CFG = 10, 3.0
+PARTS = ("weights", "codes", "rotation", "model")
 SETTINGS = (  # bits of weights and activations, method, group
     ("8", "8", "tlq", "32"), ("6", "8", "tlq", "32"), ("4", "8", "tlq", "16"), ("4", "8", "tlq", "32"), ("4", "8", "uniform", "32"),
     ("3", "8", "tlq", "32"), ("3", "8", "uniform", "32"), ("4", "4", "tlq", "32"), ("3", "4", "tlq", "32"),
@@ -110,6 +112,25 @@ def weights_part() -> None:
     write_table("quant_weights", ["weights", "bits", "quantiser", "bits_per_weight", "sqnr_db", "peers"], rows)
 
 
+def codes_part() -> None:
+    """Our int8 export against what comfy-kitchen makes of the same weights, code by code."""
+    try:
+        from comfy_kitchen.tensor.int8 import TensorWiseINT8Layout as Layout
+    except ImportError:
+        print("comfy-kitchen is not installed: its codes are not compared")
+        return
+    rows = []
+    for name, weight in zip(LAYERS, laws()["tiny model"]):
+        for form, turned in (("rowwise", weight), ("convrot", convrot(weight.shape[1]).apply(weight))):
+            stored = store(turned, 8, 0, "tlq")
+            theirs, params = Layout.quantize(weight, per_channel=True, convrot=form == "convrot")
+            equal = float((stored.codes == theirs).float().mean())
+            scale = float((stored.scale.flatten() / params.scale.flatten().float() - 1).abs().max())
+            apart = int((stored.codes.int() - theirs.int()).abs().max())
+            rows.append([name, form, f"{equal:.6f}", apart, f"{scale:.1e}", peers_installed()])
+    write_table("quant_core_codes", ["layer", "form", "equal_codes", "largest_difference", "scale_difference", "peers"], rows)
+
+
 def rotation_part() -> None:
     rows = []
     for width in (384, 768, 1024, 1152, 3072):
@@ -178,11 +199,13 @@ def model_part(seeds: int) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--part", nargs="+", choices=("weights", "rotation", "model"), default=["weights", "rotation", "model"])
+    parser.add_argument("--part", nargs="+", choices=PARTS, default=PARTS)
     parser.add_argument("--seeds", type=int, default=10)
     given = parser.parse_args()
     if "weights" in given.part:
         weights_part()
+    if "codes" in given.part:
+        codes_part()
     if "rotation" in given.part:
         rotation_part()
     if "model" in given.part:

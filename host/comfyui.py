@@ -5,6 +5,8 @@ from __future__ import annotations
 from typing import Any
 
 import comfy.model_management
+import comfy.ops
+import comfy.sd
 import comfy.supported_models
 import comfy.utils
 import torch
@@ -32,7 +34,7 @@ from comfy.samplers import (
     cfg_function,
     sampler_object,
 )
-from comfy.sd import load_diffusion_model_state_dict, load_lora_for_models
+from comfy.sd import load_lora_for_models
 from comfy.utils import ProgressBar, common_upscale
 from comfy_execution.utils import get_executing_context
 from comfyui_version import __version__ as HOST_VERSION
@@ -97,3 +99,41 @@ def build_flux_model(
         raise ValueError(f"these weights are not a Flux model of the given sizes: missing {missing[:5]}, unknown {unknown[:5]}")
     model.load_model_weights(dict(state_dict), "")
     return ModelPatcher(model, load_device=load_device, offload_device=offload_device)
+
+
+def load_diffusion_model_state_dict(sd: dict[str, torch.Tensor], model_options: dict[str, Any] | None = None) -> ModelPatcher | None:
+    """MODEL from a state dict, with or without a checkpoint's prefix; None where it holds no transformer that this host knows.
+
+    Linear layers hold the tensors they are given: no second copy is made, and a weight that is one number spread over its shape takes no
+    memory. model_options: "dtype" of the weights.
+    """
+    options = dict(model_options or {})
+    if "dtype" in options:
+        cast = comfy.model_management.unet_manual_cast(options["dtype"], get_torch_device())
+        options["custom_operations"] = _adopting(comfy.ops.disable_weight_init if cast is None else comfy.ops.manual_cast)
+    return comfy.sd.load_diffusion_model_state_dict(sd, options)
+
+
+def _adopting(operations: type) -> type:
+    """ComfyUI's `operations` with linear layers that take a state dict's tensors as they are."""
+
+    class Linear(operations.Linear):
+        def __init__(self, in_features: int, out_features: int, bias: bool = True, device=None, dtype: torch.dtype | None = None):
+            super().__init__(1, 1, bias=bias, device=device, dtype=dtype)
+            self.in_features, self.out_features = in_features, out_features
+            for name, own in list(self.named_parameters(recurse=False)):
+                setattr(self, name, torch.nn.Parameter(own.new_empty(0), requires_grad=False))
+
+        def _load_from_state_dict(self, state_dict, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs):
+            for name, shape in (("weight", (self.out_features, self.in_features)), ("bias", (self.out_features,))):
+                own, given = getattr(self, name), state_dict.get(prefix + name)
+                if own is None:
+                    continue
+                if given is None:
+                    missing_keys.append(prefix + name)
+                elif tuple(given.shape) != shape:
+                    error_msgs.append(f"size mismatch for {prefix}{name}: {tuple(given.shape)} in the file, {shape} in the model")
+                else:
+                    setattr(self, name, torch.nn.Parameter(given.to(own.dtype), requires_grad=False))
+
+    return type("AdoptingOperations", (operations,), {"Linear": Linear})

@@ -21,11 +21,12 @@ from .error import sqnr
 from .linear import LORA_POLICIES, QuantLinear
 from .rotation import CONVROT, Rotation, block_hadamard, convrot, dual_rotation, hadamard, no_rotation
 from .stored import store
+from .twin_log import ROUNDS
 
 __all__ = ["ROTATIONS", "LayerReport", "QuantScheme", "layer_report", "quantised_layer", "quantised_layers", "report_table"]
 
 ROTATIONS = ("auto", "none", "hadamard", "hadamard_block", "convrot", "dual", "threshold")
-TRIAL_ROWS = 64  # of the weight, to rank rotations
+TRIAL_ROWS = 32  # of the weight, to rank rotations
 SHORTEST = 32  # channels; below, scales and grids cost more than codes save
 TINY = 1e-5
 
@@ -139,18 +140,19 @@ def quantised_layer(
     smooth = None if inputs is None or not scheme.smooth_alpha else _smoothing(weight, inputs, scheme.smooth_alpha)
     ways = [(kind, m) for kind in _candidates(scheme, weight.shape[1], inputs) for m in ((None,) if smooth is None else (None, smooth))]
 
-    def made(kind: str, m: torch.Tensor | None, of: torch.Tensor, added: torch.Tensor | None) -> QuantLinear:
+    def made(kind: str, m: torch.Tensor | None, of: torch.Tensor, added: torch.Tensor | None, rounds: int = ROUNDS) -> QuantLinear:
         rotation = _rotation(kind, weight.shape[1], inputs, scheme.seed).to(weight.device)
         turned = rotation.apply(of if m is None else of / m)
         kept = None if added is None else added.detach().clone()
-        return QuantLinear(store(turned, scheme.weight_bits, scheme.group, scheme.method), kept, scheme.act_bits, rotation, m, scheme.lora)
+        stored = store(turned, scheme.weight_bits, scheme.group, scheme.method, rounds)
+        return QuantLinear(stored, kept, scheme.act_bits, rotation, m, scheme.lora)
 
     best = ways[0]
     if len(ways) > 1:
         part = weight[:: max(1, len(weight) // TRIAL_ROWS)]
         rows = inputs.sample.to(weight.device)
         exact = rows @ part.t()
-        best = max(ways, key=lambda way: _output_db(exact, made(*way, part, None), rows))
+        best = max(ways, key=lambda way: _output_db(exact, made(*way, part, None, rounds=1), rows))
     return made(*best, weight, bias)
 
 

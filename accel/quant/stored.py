@@ -15,7 +15,7 @@ from dataclasses import dataclass, replace
 import torch
 
 from .packing import pack, packed_width, unpack
-from .twin_log import SCALE_DTYPE, TINY, fit_groups, fit_rows
+from .twin_log import ROUNDS, SCALE_DTYPE, TINY, fit_groups, fit_rows
 from .uniform import int8_rows
 
 __all__ = ["LAYOUTS", "StoredWeight", "expected_tensors", "store"]
@@ -115,7 +115,7 @@ def expected_tensors(layout: str, bits: int, rows: int, columns: int, group: int
     return found
 
 
-def store(weight: torch.Tensor, bits: int, group: int, method: str) -> StoredWeight:
+def store(weight: torch.Tensor, bits: int, group: int, method: str, rounds: int = ROUNDS) -> StoredWeight:
     """weight (n, k) → its codes. 8 bits: int8 a row. Fewer: `method` tlq or uniform, a grid a row for group 0, else scales a group.
 
     Raises: ValueError for a group that does not divide the rows.
@@ -126,7 +126,7 @@ def store(weight: torch.Tensor, bits: int, group: int, method: str) -> StoredWei
         return StoredWeight("int8", 8, columns, codes, scale[:, None].contiguous())
     uniform = method == "uniform"
     if group:
-        found = fit_groups(weight, bits, group, uniform)
+        found = fit_groups(weight, bits, group, uniform, rounds)
         codes, scale = pack(found.codes, bits), found.scale[:, None].contiguous()
         return StoredWeight("groups", bits, columns, codes, scale, found.book, found.group_scale)
     rows = fit_rows(weight, bits, uniform)

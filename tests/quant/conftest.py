@@ -15,12 +15,13 @@ from rectiflow.tests.contract.tiny_runs import TinyRuns
 
 QUANTIZE = {
     "weight_bits": "8", "act_bits": "8", "group_size": "32", "method": "tlq", "rotation": "hadamard", "j_threshold": 1.0,
-    "smooth_alpha": 0.5, "protect_down": True, "keep_below_db": 0.0, "include": r"_blocks\.[01]\.", "exclude": "", "lora": "before", "seed": 0,
+    "smooth_alpha": 0.5, "protect_down": True, "keep_below_db": 0.0, "include": r"_blocks\.0\.(img|lin)", "exclude": "", "lora": "before",
+    "seed": 0,
 }  # fmt: skip
 
 
 class QuantRuns(TinyRuns):
-    """Nodes by name, and what they are mostly given. Layers of the first two blocks of a kind are quantised unless told otherwise."""
+    """Nodes by name, and what they are mostly given: six layers of the first blocks are quantised unless told otherwise."""
 
     def __init__(self, host, root: Path):
         super().__init__(host)

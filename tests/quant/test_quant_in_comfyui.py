@@ -1,0 +1,52 @@
+"""Quantised and pruned models inside a real ComfyUI: its classes at toy sizes, its patcher's partial unload, its loader on our files."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+pytestmark = pytest.mark.comfyui
+
+ROOT = Path(__file__).resolve().parents[2]
+
+
+@pytest.fixture(scope="module")
+def answers():
+    checkout, python = os.environ["COMFYUI_PATH"], os.environ.get("COMFYUI_PYTHON", sys.executable)
+    paths = [os.environ.get("PYTHONPATH", ""), checkout]
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(path for path in paths if path)}
+    command = [python, str(ROOT / "tests" / "quant" / "comfyui_quant.py"), str(ROOT)]
+    done = subprocess.run(command, env=environment, cwd=checkout, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr[-4000:]
+    return json.loads(done.stdout.strip().splitlines()[-1])
+
+
+@pytest.mark.parametrize("family", ["Flux", "SD3", "HunyuanVideo", "Wan", "Qwen-Image", "LTX-Video"])
+def test_eight_bits_on_every_family(answers, family):
+    """Random weights, four guided steps: 20 dB left of the latent. Branches in turn are the same bits each time."""
+    found = answers["families"][family]
+    assert found["db"] > 20
+    assert found["in_turn"] and found["smaller"] and found["uuid"]
+
+
+def test_a_lora_stays_exact_when_memory_is_short(answers):
+    """The patcher puts its function behind those on the layer; loaded the LoRA lies in factors (a thousandth), unloaded in the sum."""
+    found = answers["unloaded"]
+    assert found["freed"] and found["functions"] == 1 and found["restored"]
+    assert found["loaded"] < 2e-3 and found["short"] < 1e-4
+
+
+@pytest.mark.parametrize("family", ["Wan", "SD3"])
+@pytest.mark.parametrize("kind", ["pruned", "pruned_4", "lora"])
+def test_files_come_back_bit_for_bit(answers, family, kind):
+    assert answers["files"][family][kind] == [True, True]
+
+
+def test_the_tiny_model(answers):
+    assert answers["tiny"]["db"] > 30
+    assert answers["tiny"]["pruned_4"] == [True, True]
