@@ -3,10 +3,10 @@ bench/results/prune_width.csv (quality) and prune_width_speed.csv (time of the n
 
     python bench/prune_width.py [--iterations N] [--seeds N] [--betas 0.1,0.3]
 
-Quality: 20 % of the weights of heads and 20 % of those of neurons go, to the nearest unit, by one ranking over all layers and by the
-same share of each. Measured: ‖ẑ_0 − z_0‖²/‖z_0‖² of final latents with prompts and noises that no rule has seen, against the whole model from the
-same noise. Learned masks get one β each, that with the least error on their own prompts at the first seed. Seconds are process time of one
-thread.
+Quality: 20 % of the weights of heads and 20 % of those of neurons go, to the nearest unit, by one ranking over all layers and by the same
+share of each. Measured: ‖ẑ_0 − z_0‖²/‖z_0‖² of final latents with prompts and noises that no rule has seen, against the whole model from
+the same noise. Learned masks get one β each, that with the least error on their own prompts at the first seed. Seconds are process time of
+one thread.
 
 Speed: process time of a sampling run of whole and narrow models in turn, median of the rounds, beside the share of FLOPs that torch's
 counter finds removed.

@@ -40,6 +40,9 @@ NOTES = {
     "load_compressed": (
         "A model without one of its nine blocks, in 8 bits, is saved and loaded again; the file is all that the second picture needs. To load "
         "a file of your own, unlink **path** and write its name. **Compression Info** reads it without building the model."
+    "prune_width": (
+        "A fifth of the width goes: once the heads and neurons that learned masks close, once the smallest ones. Nothing is trained after it. "
+        "Change **remove**; raise **iterations** to 60 and combine more prompts to learn better, under another **name**."
     ),
     "prune_and_recover": (
         "Three of nine blocks are left out, then 20 training steps bring the picture back; no data set is needed. Change **method** and "
