@@ -6,6 +6,7 @@ takes no memory. What is set afterwards is set on a network that was just made a
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
@@ -15,10 +16,13 @@ from torch import nn
 
 from ...errors import input_error
 from ...families.stack import COUNTED_BY_WIDTH, depth_is_counted, stack_of
+from ...families.width import width_groups
 from ..modules import NETWORK
 from ..prune.apply import ATTACHMENT as PLAN
 from ..prune.apply import SkipBlock
+from ..prune.compact import LayerCut, layer_cuts, narrow_layer
 from ..prune.plan import PrunePlan
+from ..prune.width import check_width
 from .manifest import DTYPES, Manifest
 from .reading import Loaded
 from .writing import ATTACHMENT
@@ -54,11 +58,12 @@ def built_model(loaded: Loaded, make: Make, where: str, compact: bool = False) -
         raise refuse(f"of {manifest.arch[:100]} that reads as {type(network).__name__}")
     try:
         _place_blocks(network, loaded, where)
+        cuts = _cuts(network, loaded, where)
         for path, fields in manifest.fields.items():
             _set_fields(network.get_submodule(path), path, fields)
         for name in manifest.width:
             if name not in loaded.layers:
-                _place(network, name, _narrow(network, name, loaded), loaded)
+                _place(network, name, _narrow(network, name, loaded, cuts.get(name)), loaded)
         for name, layer in loaded.layers.items():
             _place(network, name, layer, loaded)
     except (AttributeError, LookupError) as error:
@@ -139,12 +144,26 @@ def _set_fields(module: nn.Module, path: str, fields: dict[str, int]) -> None:
         setattr(module, name, value)
 
 
-def _narrow(network: nn.Module, name: str, loaded: Loaded) -> nn.Module:
-    """A linear layer of the network's own class around the file's smaller weight."""
+def _cuts(network: nn.Module, loaded: Loaded, where: str) -> dict[str, LayerCut]:
+    """Layer → which rows and columns of the whole one it holds, where the file's plan says so."""
+    plan = loaded.plan
+    if plan is None or not plan.width:
+        return {}
+    stack = stack_of(network, where)
+    there = {block.path for block in stack.blocks if not isinstance(network.get_submodule(block.path), SkipBlock)}
+    rest = replace(stack, blocks=tuple(block for block in stack.blocks if block.path in there))
+    groups = width_groups(rest, lambda path: functools.reduce(getattr, path.split("."), network))
+    return layer_cuts(check_width(plan, groups, where), groups, network.get_submodule)
+
+
+def _narrow(network: nn.Module, name: str, loaded: Loaded, cut: LayerCut | None) -> nn.Module:
+    """A linear layer of the network's own class around the file's smaller weight; with a cut it takes LoRAs of the whole size."""
     own, weight = network.get_submodule(name), loaded.plain[f"{name}.weight"]
     bias = loaded.plain.get(f"{name}.bias")
     if not isinstance(own, nn.Linear) or (bias is None) != (own.bias is None) or (bias is not None and bias.shape != weight.shape[:1]):
         raise LookupError(f"{name[:100]} is no linear layer with such a bias")
+    if cut is not None and cut.shape(own) == tuple(weight.shape):
+        return narrow_layer(own, weight.to(own.weight.dtype), bias if bias is None else bias.to(own.bias.dtype), cut, stored=True)
     with torch.device("meta"):
         small = type(own)(weight.shape[1], weight.shape[0], bias=bias is not None)
     small.weight = nn.Parameter(weight.to(own.weight.dtype), requires_grad=False)

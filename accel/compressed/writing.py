@@ -24,6 +24,7 @@ from ...errors import input_error
 from ...families.stack import depth_is_counted
 from ..modules import NETWORK, own_weight, seen_modules
 from ..prune.apply import SkipBlock, plan_of
+from ..prune.compact import NarrowWeights
 from ..prune.identity import model_hash, original_module
 from ..quant.linear import QuantLinear, factors, product
 from .manifest import DTYPES, METADATA, TENSOR, LayerFormat, Manifest, core_marker
@@ -183,6 +184,16 @@ def _numbers(layer: QuantLinear, parts: Mapping[str, torch.Tensor]) -> torch.Ten
 # Everything else
 
 
+def _changed(model: Any, module: nn.Module, part: str, key: str, weight: torch.Tensor, changed: Changed) -> torch.Tensor:
+    """`weight` with the patches that lie on it; those of a narrow layer are of the whole one's size, as the host merges them."""
+    if not weight.is_floating_point():
+        return weight
+    if isinstance(module, NarrowWeights) and key in model.patches:
+        wide = changed(key, getattr(module, f"convert_{part}")(weight.float()))
+        return getattr(module, f"set_{part}")(wide, return_weight=True)
+    return changed(key, weight.float()).to(weight.dtype)
+
+
 def _plain_tensors(model: Any, modules: Mapping[str, nn.Module], changed: Changed) -> Iterator[tuple[str, torch.Tensor]]:
     """Every weight outside of quantised layers, patches applied."""
     for name, module in modules.items():
@@ -191,7 +202,7 @@ def _plain_tensors(model: Any, modules: Mapping[str, nn.Module], changed: Change
         for part in [part for part, value in module._parameters.items() if value is not None]:
             full = f"{name}.{part}" if name else part
             weight = own_weight(model, name, module, part)
-            yield full, changed(NETWORK + full, weight.float()).to(weight.dtype) if weight.is_floating_point() else weight
+            yield full, _changed(model, module, part, NETWORK + full, weight, changed)
         for part, value in module._buffers.items():
             if value is not None and part not in module._non_persistent_buffers_set:
                 yield f"{name}.{part}" if name else part, value

@@ -25,7 +25,7 @@ from .identity import NETWORK, model_hash, original_part, original_weight
 from .plan import PrunePlan
 from .width import check_width, groups_of, without_masks
 
-__all__ = ["LayerCut", "NarrowWeights", "compact_model", "layer_cuts", "narrow_layer", "narrow_network", "widths"]
+__all__ = ["LayerCut", "NarrowWeights", "compact_model", "layer_cuts", "narrow_layer"]
 
 
 @dataclass(frozen=True)
@@ -35,6 +35,11 @@ class LayerCut:
     rows: Tensor | None = None
     columns: Tensor | None = None
     silent: Tensor | None = None
+
+    def shape(self, layer: nn.Linear) -> tuple[int, int]:
+        """Of the weight that stays of `layer`."""
+        sides = ((self.rows, layer.out_features), (self.columns, layer.in_features))
+        return tuple(whole if left is None else len(left) for left, whole in sides)
 
 
 def layer_cuts(kept: Mapping[tuple[str, str], tuple[int, ...]], groups: Iterable[WidthGroup], part: Any) -> dict[str, LayerCut]:
@@ -203,41 +208,3 @@ def _numbers(width: Mapping[str, Mapping[str, tuple[int, ...]]], groups: Iterabl
             found |= {name: each * count for name, each in group.fields}
     return found
 
-
-# Files
-
-
-def widths(model: Any) -> dict[str, dict[str, list[int]]]:
-    """Block path → kind → kept heads or neurons, of a MODEL whose layers are narrow; empty for any other."""
-    plan = plan_of(model)
-    if plan is None or not any(isinstance(patch, NarrowWeights) for patch in model.object_patches.values()):
-        return {}
-    return {path: {kind: list(units) for kind, units in kinds.items()} for path, kinds in plan.width.items()}
-
-
-def narrow_network(
-    network: nn.Module, groups: tuple[WidthGroup, ...], width: Mapping[str, Mapping[str, list[int]]], stored: Mapping[str, Tensor]
-) -> None:
-    """Exchange the layers of a network that nobody else has for the narrow ones of a file, in place.
-
-    groups: of the network at full size. width: as `widths` gave it. stored: name below the network → tensor, narrow where the layer is.
-
-    Raises: ValueError for a tensor whose shape is not that of the kept units.
-    """
-    kept = {(path, kind): tuple(units) for path, kinds in width.items() for kind, units in kinds.items()}
-    unknown = set(kept) - {group.key for group in groups}
-    if unknown:
-        raise ValueError(f"width of {' '.join(min(unknown))}, which the network does not have")
-    for name, cut in layer_cuts(kept, groups, network.get_submodule).items():
-        layer = network.get_submodule(name)
-        weight, bias = stored.get(f"{name}.weight"), stored.get(f"{name}.bias")
-        shape = tuple(count if left is None else len(left) for left, count in zip((cut.rows, cut.columns), layer.weight.shape))
-        if weight is None or tuple(weight.shape) != shape or (bias is not None) != (layer.bias is not None):
-            raise ValueError(f"{name}: {tuple(weight.shape) if weight is not None else 'no weight'}, not {shape}")
-        if bias is not None and tuple(bias.shape) != shape[:1]:
-            raise ValueError(f"{name}: bias {tuple(bias.shape)}, not {shape[:1]}")
-        owner, _, last = name.rpartition(".")
-        setattr(network.get_submodule(owner), last, narrow_layer(layer, weight, bias, cut, stored=True))
-    for name, value in _numbers({path: dict(kinds) for path, kinds in width.items()}, groups).items():
-        owner, _, last = name.rpartition(".")
-        setattr(network.get_submodule(owner), last, value)

@@ -7,7 +7,7 @@ import dataclasses
 import pytest
 import torch
 from rectiflow.accel.prune.apply import apply_plan, plan_of, stack_under
-from rectiflow.accel.prune.compact import NarrowWeights, compact_model, layer_cuts, narrow_network, widths
+from rectiflow.accel.prune.compact import NarrowWeights, compact_model, layer_cuts
 from rectiflow.accel.prune.identity import NETWORK, model_hash, original_part
 from rectiflow.accel.prune.lora import slice_lora
 from rectiflow.accel.prune.plan import plan_from_json
@@ -193,28 +193,36 @@ def test_with_blocks_left_out_too(case):
     assert close(sample(mask_model(shorter, both, BEFORE, "test"), noise(), steps=2), answers[0], 1e-5)
 
 
-def test_files_build_the_same_network(case):
-    """widths() and the tensors of the narrow model, put into a fresh network, answer the same; other shapes are refused."""
-    model, plan = case
-    narrow = compact_model(model, plan, "test")
-    wanted = sample(narrow, noise(), steps=2)
-    narrow.patch_model()
-    stored = {name: value.clone() for name, value in model.model.diffusion_model.state_dict().items()}
-    narrow.unpatch_model()
-    fresh = small({"Flux": "flux", "SD3": "sd3"}.get(plan.family, "lumina2"))
-    network = fresh.model.diffusion_model
-    for value in network.parameters():
-        value.data = value.data * 0.5
-    narrow_network(network, groups_of(fresh, "test"), widths(narrow), stored)
-    network.load_state_dict(stored)
-    assert torch.equal(sample(fresh, noise(), steps=2), wanted)
-    assert widths(model) == {} and widths(narrow) == {p: {k: list(u) for k, u in kinds.items()} for p, kinds in plan.width.items()}
-    other = small({"Flux": "flux", "SD3": "sd3"}.get(plan.family, "lumina2"))
-    first = next(iter(plan.width))
-    with pytest.raises(ValueError, match="not"):
-        narrow_network(other.model.diffusion_model, groups_of(other, "test"), {first: {k: [0] for k in plan.width[first]}}, stored)
-    with pytest.raises(ValueError, match="does not have"):
-        narrow_network(other.model.diffusion_model, groups_of(other, "test"), {"blocks.99": {"ffn": [0]}}, stored)
+def test_a_saved_narrow_model_is_loaded_bit_for_bit_and_takes_a_lora(tiny):
+    """Without one block and a third of the width, with a LoRA in the file, and with the LoRA put on what was loaded: one latent."""
+    from rectiflow.nodes.compressed_files import RectiflowLoadCompressed, RectiflowSaveCompressed
+
+    stack = stack_under(tiny.model, "test")
+    shorter = apply_plan(tiny.model, plan_without((stack.blocks[1],), stack, model_hash(tiny.model), "test"), "test")
+    narrow = compact_model(shorter, planned(shorter, 0.3, least=1), "test")
+
+    def drawn(model):
+        return tiny.sample("noto cat on white", tiny.noise([3]), model=model, steps=2)
+
+    def saved(model):
+        path = RectiflowSaveCompressed().execute(model=model, filename_prefix="width/test", format="rectiflow", dtype="same")[0]
+        return RectiflowLoadCompressed().execute(path=path)[0]
+
+    def with_lora(model):
+        wide = {name: original_part(tiny.model, name).weight for name in ("double_blocks.0.img_attn.qkv", "single_blocks.5.linear2")}
+        patched, generator = model.clone(), torch.Generator().manual_seed(2)
+        patches = {f"{NETWORK}{name}.weight": ("diff", (0.02 * torch.randn(w.shape, generator=generator),)) for name, w in wide.items()}
+        assert len(patched.add_patches(patches)) == len(patches)
+        return patched
+
+    again = saved(narrow)
+    assert torch.equal(drawn(again), drawn(narrow))
+    tiny.model.detach()
+    wanted = drawn(with_lora(narrow))
+    assert not close(wanted, drawn(narrow), 1e-3)
+    assert torch.equal(drawn(with_lora(again)), wanted)
+    tiny.model.detach()
+    assert torch.equal(drawn(saved(with_lora(narrow))), wanted)
 
 
 def test_a_sliced_lora_is_the_slice_of_the_whole(case):
