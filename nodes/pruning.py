@@ -5,19 +5,19 @@ from __future__ import annotations
 from .declare import Node, Output, boolean, choice, integer, number, seed_input, socket, text
 
 GROUP = "pruning"
-_MODEL = socket("model", "MODEL", "The whole model.")
-_POSITIVE = socket("positive", "CONDITIONING", "Prompts to sample with; Conditioning (Combine) of several is better than one.")
-_LATENT = socket("latent", "LATENT", "An empty latent: its size is what counts.")
+MODEL = socket("model", "MODEL", "The whole model.")
+POSITIVE = socket("positive", "CONDITIONING", "Prompts to sample with; Conditioning (Combine) of several is better than one.")
+LATENT = socket("latent", "LATENT", "An empty latent: its size is what counts.")
 _NEGATIVE = socket("negative", "CONDITIONING", "For cfg above 1.", optional=True)
-_REMOVE = number("remove", 0.33, 0.0, 0.9, "Share of all blocks to leave out.")
-_PROTECT = text("protect", "0, -1", "Blocks that stay: 0 is the first, -1 the last; double:1 and single:-1 count within a kind.")
+REMOVE = number("remove", 0.33, 0.0, 0.9, "Share of all blocks to leave out.")
+PROTECT = text("protect", "0, -1", "Blocks that stay: 0 is the first, -1 the last; double:1 and single:-1 count within a kind.")
 _SAMPLES = integer("samples", 8, 1, 4096, "Pictures that the model draws to be measured on.", optional=True, advanced=True)
 _POOL_STEPS = integer("sample_steps", 12, 1, 200, "Euler steps of each of these.", optional=True, advanced=True)
 _CFG = number("cfg", 1.0, 0.0, 100.0, "Guidance of these samples.", step=0.1, optional=True, advanced=True)
 _POINTS = integer("points", 16, 1, 1024, "Places of the flow where the model is asked.", optional=True, advanced=True)
-_CALIBRATION = (_NEGATIVE, _SAMPLES, _POOL_STEPS, _CFG)
-_PLAN = Output("STRING", "plan", "What is kept, as JSON: for Apply Prune Plan, or to save.")
-_REPORT = Output("STRING", "report", "What was measured.")
+CALIBRATION = (_NEGATIVE, _SAMPLES, _POOL_STEPS, _CFG)
+PLAN = Output("STRING", "plan", "What is kept, as JSON: for Apply Prune Plan, or to save.")
+REPORT = Output("STRING", "report", "What was measured.")
 
 
 def calibration(model, positive, latent, negative=None, samples=8, sample_steps=12, cfg=1.0, seed=0):
@@ -51,16 +51,16 @@ class RectiflowPruneScore(Node):
     GROUP = GROUP
     SEARCH_ALIASES = ["block importance", "shortgpt", "depth pruning", "layer sensitivity", "smaller model"]
     INPUTS = (
-        _MODEL, _POSITIVE, _LATENT,
+        MODEL, POSITIVE, LATENT,
         choice("method", ("sensitivity", "similarity", "magnitude", "probe", "even", "ends", "random"),
             "sensitivity: error of the answer without the block. similarity: how little it turns its tokens. magnitude: size of its "
             "weights. probe: what a linear map does not say about it. even, ends, random: patterns to compare with.",
         ),
-        _REMOVE, _PROTECT,
+        REMOVE, PROTECT,
         seed_input("Of the samples, and of random."),
-        *_CALIBRATION, _POINTS,
+        *CALIBRATION, _POINTS,
     )  # fmt: skip
-    OUTPUTS = (_PLAN, _REPORT, Output("IMAGE", "plot", "The numbers as bars, orange what is left out."))
+    OUTPUTS = (PLAN, REPORT, Output("IMAGE", "plot", "The numbers as bars, orange what is left out."))
 
     def run(self, model, positive, latent, method, remove, protect, seed, points=16, **shown):
         from ..host import CFGGuider
@@ -91,7 +91,7 @@ class RectiflowApplyPrunePlan(Node):
         if not enabled:
             return (model, "off: every block is kept")
         found = plan_from_json(plan, self.TITLE)
-        pruned = apply_plan(model, found, self.TITLE)
+        pruned = apply_plan(model, found, self.TITLE, students_of(found, model, self.TITLE))
         before, after = model.model_size(), pruned.model_size()
         sizes = f"{before / 1e6:.1f} MB → {after / 1e6:.1f} MB ({after / before:.0%})"
         return (pruned, f"{found.describe(stack_under(model, self.TITLE))}; {sizes}")
@@ -107,7 +107,7 @@ class RectiflowRecoverPruned(Node):
     INPUTS = (
         socket("student", "MODEL", "The pruned model, from Apply Prune Plan."),
         socket("teacher", "MODEL", "The whole one. The same loaded model costs no second copy."),
-        _POSITIVE, _LATENT,
+        POSITIVE, LATENT,
         integer("steps", 200, 1, 1000000, "Steps in all."),
         integer("batch", 4, 1, 4096, "Points of the flow a step."),
         choice("learns", ("lora", "changed_blocks", "all", "biases"), "changed_blocks: whole weights of the blocks beside those left out."),
@@ -115,7 +115,7 @@ class RectiflowRecoverPruned(Node):
         number("lr", 5e-4, 0.0, 10.0, "Learning rate. LoRA 5e-4, whole weights 1e-4.", step=0.00001),
         seed_input("Of the samples and of every draw."),
         text("name", "recovered", "Folder below output/rf_train for checkpoints and the LoRA."),
-        *_CALIBRATION,
+        *CALIBRATION,
         choice("data", ("teacher_x0", "mixed", "on_policy"), "teacher_x0: the teacher's samples, noised. The others also follow the "
             "student's own steps, in one step of three or in all.", optional=True),
         number("flow_share", 0.1, 0.0, 1.0, "How much the target is the flow to the sample, not the teacher's answer.", optional=True,
@@ -154,6 +154,30 @@ class RectiflowRecoverPruned(Node):
         pool = calibration(teacher, positive, latent, seed=seed, **shown)
         done = recover(student, teacher, settings, pool, run_folder(name, self.TITLE), host_services())
         return (done.model, done.lora, {"loss": done.losses}, json.dumps(done.report, indent=1), done.picture)
+
+
+def students_of(plan, model, where):
+    """The students that a plan names, from their files below output/rf_train: path → module.
+
+    Raises: NodeInputError for names that lead elsewhere, and see accel.prune.students.read_students.
+    """
+    import dataclasses
+
+    from ..accel.prune.students import read_students
+    from ..errors import input_error
+    from ..train.distill_runs import STUDENTS_FILE
+    from .training import _run_folder
+
+    found = {}
+    for name in sorted(set(plan.students.values())):
+        folder, _, file = name.partition("/")
+        place = _run_folder(folder) if file == STUDENTS_FILE else None
+        if place is None:
+            allowed = f"<name>/{STUDENTS_FILE} below output/rf_train"
+            raise input_error(where, "plan", f"students in {name!r}", allowed, "Take the plan as Distill Runs gave it.")
+        own = {path: each for path, each in plan.students.items() if each == name}
+        found |= read_students(place / STUDENTS_FILE, dataclasses.replace(plan, students=own), model, where)
+    return found
 
 
 def run_folder(name, where):

@@ -55,6 +55,12 @@ class LayerStats:
     tables: Mapping[str, ProbeStats]
     seconds: float
 
+    def report(self) -> str:
+        """What straight maps leave unsaid of every block, by the worst stream and by their mean."""
+        worst, mean = (self.tables[merge].scores() for merge in ("min", "mean"))
+        lines = [f"{self.stack.family}, {len(self.stack.blocks)} blocks, {self.seconds:.2f} s", "block         1 - CKA  mean of streams"]
+        return "\n".join(lines + [f"{self.stack.at(path).name:12} {worst[path]:8.4f} {mean[path]:16.4f}" for path in worst])
+
 
 @dataclass(frozen=True)
 class Scored:

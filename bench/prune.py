@@ -1,0 +1,160 @@
+"""Depth pruning at a third of the blocks: `python bench/prune.py [--steps N] [--seeds N]`; writes bench/results/prune_*.csv.
+
+    selections   three of the tiny model's nine blocks left out by each method, then equal recovery (RecoverPruned, all weights that are left,
+                 equal steps, batch and rate); PPCL's whole way beside it, where a part of the same steps distils students of its runs
+    learning     what TinyFusion's search and PPCL's distillation do by themselves: protected patterns, distances, share of the last stage
+    clock        process time of one call of the pruned network against the whole one, interleaved rounds
+
+Errors are of prompts and noises that no training saw, against the whole model: ‖v − v_t‖²/‖v_t‖² at points of the flow, the same of final
+latents, and the feature distance of the pictures (docs/metrics.md). "seconds" are process time of one thread.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import statistics
+import tempfile
+import time
+from pathlib import Path
+
+import torch
+from rectiflow.accel.prune.apply import apply_plan, stack_under
+from rectiflow.accel.prune.identity import model_hash
+from rectiflow.accel.prune.plan import PrunePlan
+from rectiflow.accel.prune.scores import relative_error
+from rectiflow.accel.prune.select import plan_without
+from rectiflow.accel.prune.students import apply_runs
+from rectiflow.host.embedded import HostSettings, make_host, use_host
+from rectiflow.nodes.metrics import RectiflowFeatureDistance
+from rectiflow.nodes.pruning import host_services
+from rectiflow.tests.contract.tiny_runs import TinyRuns
+from rectiflow.train.distill_runs import RunSettings, distill_runs
+from rectiflow.train.learn_depth import DepthSettings, learn_depth
+from rectiflow.train.pool import Calibration, PoolData, inside, points, sample_pool, velocities
+from rectiflow.train.prune_scores import RunSearch, ScoreRequest, find_runs, score_blocks
+from rectiflow.train.recovery import RecoverSettings, recover
+from table import write_table
+
+SHARE, WHERE = 1 / 3, "bench"
+SHOWN = (
+    "twemoji rocket on black", "noto cat on white", "twemoji apple on green", "noto koala on red", "twemoji house on yellow",
+    "noto dog on white", "twemoji pizza on blue", "noto guitar on white",
+)  # fmt: skip
+HELD_OUT = ("noto rocket on blue", "twemoji bicycle on white", "noto banana on black", "twemoji penguin on red", "noto bus on white",
+            "twemoji tiger on yellow")  # fmt: skip
+BATCH, LR = 8, 1e-3
+SCORES = ("random", "ends", "even", "magnitude", "similarity", "sensitivity", "probe")
+
+
+class Bench:
+    """The tiny model, and what every pruned one is compared with."""
+
+    def __init__(self, tiny: TinyRuns):
+        self.tiny, self.model = tiny, tiny.model
+        self.stack = stack_under(self.model, WHERE)
+        empty = tiny.conditioning("")
+        prompts = [[entry for text in texts for entry in tiny.conditioning(text)] for texts in (SHOWN, HELD_OUT)]
+        self.shown = Calibration(prompts[0], empty, (16, 16, 16), count=32, steps=10)
+        self.held_out = Calibration(prompts[1], empty, (16, 16, 16), count=12, steps=12, seed=1000)
+        self.fixed, self.wanted, self.latents = [], None, None
+        self.errors(self.model)
+
+    def errors(self, model) -> tuple[float, float, float]:
+        """(velocity error, final latent error, feature distance) of MODEL `model` on what is held out."""
+        found = {}
+
+        def body(trainee) -> None:
+            latents = sample_pool(trainee, self.held_out)
+            if self.latents is None:
+                self.latents = latents
+                self.fixed = points(PoolData(latents, len(HELD_OUT)), 48, 1000)
+                self.wanted = velocities(trainee, self.fixed)
+            found["velocity"] = relative_error(velocities(trainee, self.fixed), self.wanted)
+            found["latent"] = relative_error(latents, self.latents)
+            out = trainee.model.process_latent_out
+            found["pictures"] = [self.tiny.vae.decode(out(each)).clamp(0, 1) for each in (latents, self.latents)]
+
+        inside(host_services().guider, model.clone(), self.held_out, body)
+        with torch.inference_mode():
+            distance, *_ = RectiflowFeatureDistance().execute(
+                image=found["pictures"][0], reference=found["pictures"][1], sigma=0.2, blocks="double:1-2, single:0-2", seed=0
+            )  # fmt: skip
+        return found["velocity"], found["latent"], distance
+
+    def seeded(self, seed: int) -> Calibration:
+        return dataclasses.replace(self.shown, seed=seed)
+
+    def selections(self, seed: int, search: int) -> dict[str, tuple[PrunePlan, float]]:
+        """Method → (plan that leaves out three blocks, process seconds of finding it)."""
+        found = {}
+
+        def timed(name: str, make) -> None:
+            start = time.process_time()
+            plan = make()
+            found[name] = (plan, time.process_time() - start)
+            assert len(plan.removed(self.stack)) == 3
+
+        for method in SCORES:
+            request = ScoreRequest(method, SHARE, at=16)
+            timed(method, lambda request=request: score_blocks(self.model, request, self.seeded(seed), host_services().guider, WHERE).plan)
+        timed("TinyFusion", lambda: self.learned(seed, search).plan)
+        timed("PPCL runs", lambda: find_runs(self.model, RunSearch(SHARE), self.seeded(seed), host_services().guider, WHERE).plan)
+        return found
+
+    def learned(self, seed: int, steps: int, **changed):
+        settings = DepthSettings(**{"double_pattern": "1:2", "single_pattern": "2:4", "steps": steps, "batch": BATCH, "lr_logits": 2e-3,
+                                    "seed": seed, "lr_lora": 1e-3, "ema": 0.9, **changed})  # fmt: skip
+        return learn_depth(self.model, settings, self.seeded(seed), None, host_services())
+
+    def recovered(self, model, seed: int, steps: int):
+        if not steps:
+            return model
+        settings = RecoverSettings(steps=steps, batch=BATCH, seed=seed, learns="all", lr=LR, ema=0.9)
+        return recover(model, self.model, settings, self.seeded(seed), None, host_services()).model
+
+    def distilled(self, plan: PrunePlan, seed: int, steps: int, rest: int = 0, **changed):
+        """The model with students of the plan's runs after `steps`, all weights but theirs trained for `rest` more."""
+        settings = RunSettings(**{"steps": steps, "batch": BATCH, "seed": seed, "lr": LR, "ema": 0.9, **changed})
+        done = distill_runs(self.model, plan, settings, self.seeded(seed), None, host_services())
+        plan = dataclasses.replace(done.plan, students={path: "in memory" for path in done.students})
+        return self.recovered(apply_runs(self.model, plan, done.students, WHERE), seed, rest), done
+
+
+def names_out(bench: Bench, plan: PrunePlan) -> str:
+    return " ".join(block.name for block in plan.removed(bench.stack))
+
+
+def selections(bench: Bench, seeds: int, steps: int, search: int) -> dict[str, PrunePlan]:
+    rows, figures, plans = [], {}, {}
+    for seed in range(seeds):
+        chosen = bench.selections(seed, search)
+        for name, (plan, seconds) in chosen.items():
+            pruned = apply_plan(bench.model, plan, WHERE)
+            start = time.process_time()
+            done = bench.recovered(pruned, seed, steps)
+            spent = time.process_time() - start
+            _row(bench, rows, figures, (name, seed, names_out(bench, plan), bench.errors(pruned)[0], seconds, spent), bench.errors(done))
+            plans.setdefault(name, plan)
+        plan, seconds = chosen["PPCL runs"]
+        start = time.process_time()
+        model, _ = bench.distilled(plan, seed, steps // 2, steps - steps // 2)
+        entry = ("PPCL whole", seed, names_out(bench, plan), float("nan"), seconds, time.process_time() - start)
+        _row(bench, rows, figures, entry, bench.errors(model))
+    for name, each in figures.items():
+        columns = list(zip(*each))
+        means = [f"{statistics.mean(column):.4f}" for column in columns]
+        spread = [f"{statistics.stdev(column):.4f}" if len(column) > 1 else "" for column in columns]
+        rows.append((name, "mean", "", "", *means, "", ""))
+        rows.append((name, "deviation", "", "", *spread, "", ""))
+    header = ("selection", "seed", "left_out", "velocity_error_before", "velocity_error", "latent_error", "feature_distance",
+              "search_seconds", "recovery_seconds")  # fmt: skip
+    write_table("prune_selections", (*header, "steps", "batch"), [(*row, steps, BATCH) for row in rows])
+    return plans
+
+
+def _row(bench: Bench, rows: list, figures: dict, entry: tuple, errors: tuple) -> None:
+    name, seed, out, before, seconds, spent = entry
+    figures.setdefault(name, []).append(errors)
+    rows.append((name, seed, out, f"{before:.4f}", *(f"{error:.4f}" for error in errors), f"{seconds:.1f}", f"{spent:.1f}"))
+    print(*rows[-1], flush=True)
