@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 
 import pytest
 import torch
@@ -131,6 +132,15 @@ def test_planted_idle_blocks_are_found(model, patterns):
     assert all(share < 0.5 for path, share in done.plan.scores.items() if path in IDLE)
     assert done.probabilities.shape == (8, len(done.steps)) and done.steps[0] == 0 and done.steps[-1] == 32
     assert apply_plan(model, done.plan, "test") is not None and model_hash(model) == done.plan.model
+
+
+def test_logits_and_lora_have_rates_of_their_own(model):
+    """Adam's first step is its rate: ±1e-3 on the two logits of a pair is sigmoid(100·0.002) for one of them; at rate 0 nothing moves."""
+    shares = learn(model, steps=1, ema=0.0, lr_logits=1e-3, lr_lora=0.0).plan.scores.values()
+    likely = 1.0 / (1.0 + math.exp(-0.2))
+    assert all(min(abs(share - likely), abs(share - 1.0 + likely)) < 1e-3 for share in shares)
+    done = learn(model, steps=2, ema=0.0, lr_logits=0.0, lr_lora=1e-2)
+    assert set(done.plan.scores.values()) == {0.5} and done.report["velocity_error_with_lora"] != done.report["velocity_error"]
 
 
 def test_the_flow_and_given_latents_are_examples_as_well(model):

@@ -1,0 +1,50 @@
+"""The pruning nodes inside a real ComfyUI on its own classes: Flux, SD3 and Wan at toy sizes."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+pytestmark = pytest.mark.comfyui
+
+ROOT = Path(__file__).resolve().parents[2]
+FAMILIES = ("Flux", "SD3", "Wan")
+
+
+@pytest.fixture(scope="module")
+def answers(tmp_path_factory):
+    checkout, python = os.environ["COMFYUI_PATH"], os.environ.get("COMFYUI_PYTHON", sys.executable)
+    paths = [os.environ.get("PYTHONPATH", ""), checkout]
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(path for path in paths if path)}
+    command = [python, str(ROOT / "tests" / "prune" / "comfyui_prune.py"), str(ROOT), str(tmp_path_factory.mktemp("output"))]
+    done = subprocess.run(command, env=environment, cwd=checkout, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr[-4000:]
+    return json.loads(done.stdout.strip().splitlines()[-1])
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_a_skipped_block_is_a_network_without_it(answers, family):
+    """Float32 on the CPU: the same sums in the same order, so 1e-6."""
+    found = answers[family]["skipped"]
+    assert found["difference"] < 1e-6 < 1e-4 < found["changed"]
+    assert found["base_unchanged"] and found["smaller"] and found["recovered"]
+    assert len(found["losses"]) == 2 and all(loss == loss for loss in found["losses"])
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_depth_is_learned(answers, family):
+    found = answers[family]["learned"]
+    blocks, out = {"Flux": (6, 2), "SD3": (4, 1), "Wan": (4, 2)}[family]
+    assert f"leaves out {out} of {blocks} blocks" in found["report"] and found["finite"] and found["plot"][-1] == 3
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_runs_have_students_that_switch(answers, family):
+    found = answers[family]["runs"]
+    assert found["file"] and found["none"] and found["finite"] and found["base_unchanged"]
+    assert all(distance > 1e-5 for distance in found["apart"]) and "all" in found["errors"]
