@@ -7,6 +7,7 @@ import json
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
+from io import BytesIO
 from pathlib import Path
 from typing import Any
 
@@ -84,7 +85,7 @@ class Session:
         self.folder = RunFolder(request.folder, WHERE)
         self.notes: list[str] = []
         self.curve: Tensor | None = None
-        self.previews = torch.zeros(1, 64, 64, 3)
+        self.previews, self.previewed = torch.zeros(1, 64, 64, 3), False
         self.trainer: Trainer | None = None
         self.exported: dict[str, Tensor] = {}
         self.student_features: dict[tuple[str, int], Tensor] = {}
@@ -145,13 +146,13 @@ class Session:
             if guide is not None:
                 trainee.features = self.student_features
                 auxiliaries.append(FeatureLoss(guide, pairs, *(features[name] for name in ("weight", "start", "stop", "every"))))
-            callbacks = Callbacks(self._progress, self.services.interrupt, lambda done: self._preview(trainee), self.notes.append)
+            callbacks = Callbacks(self._progress, self.services.interrupt, lambda done: self._preview(trainee, done), self.notes.append)
             self.trainer = Trainer(trainee, data, self.config, self.folder, teacher, tuple(auxiliaries), callbacks=callbacks)
             self.trainer.run()
             self.exported = additions.export(self.trainer.ema.weights())
             self._keep_lora()
             with self.trainer.averaged():
-                self._preview(trainee)
+                self._preview(trainee, self.trainer.done)
 
         def followed(teacher: HostTrainee, model: Any, held: dict) -> HostTrainee:
             teacher.features = held
@@ -206,15 +207,26 @@ class Session:
         now = time.monotonic()
         if now - self._shown < SECONDS_BETWEEN_PICTURES and done < steps:
             return
+        self._shown = now
+        self.bar.update_absolute(done, steps, ("JPEG", self._shown_picture(history), 512))
+
+    def _shown_picture(self, history: History) -> Any:
+        """The loss curve, and under it the newest previews in a row."""
         from PIL import Image
 
-        self._shown = now
-        pixels = (curve_picture(history)[0] * 255.0).byte().numpy()
-        self.bar.update_absolute(done, steps, ("JPEG", Image.fromarray(pixels), 512))
+        curve = _as_picture(curve_picture(history)[0])
+        if not self.previewed:
+            return curve
+        side = curve.width // PREVIEWS
+        whole = Image.new("RGB", (curve.width, curve.height + side), "white")
+        whole.paste(curve)
+        for place, preview in enumerate(self.previews):
+            whole.paste(_as_picture(preview).resize((side - 4, side - 4)), (place * side, curve.height))
+        return whole
 
     @torch.no_grad()
-    def _preview(self, trainee: HostTrainee) -> None:
-        """Pictures of the first prompts by 20 Euler steps, from noises that no step draws."""
+    def _preview(self, trainee: HostTrainee, done: int) -> None:
+        """Pictures of the first prompts by 20 Euler steps, from noises that no step draws; also as PNG in the run's folder."""
         vae = self.settings.get("vae")
         if vae is None:
             return
@@ -224,7 +236,11 @@ class Session:
         sigmas = torch.linspace(1.0, 0.0, PREVIEW_STEPS + 1)
         for sigma, following in zip(sigmas, sigmas[1:]):
             x = x + (following - sigma) * trainee.velocity(x, sigma.expand(count), list(range(count))).cpu()
-        self.previews = vae.decode(trainee.model.process_latent_out(x)).detach().float().cpu().clone()
+        self.previews, self.previewed = vae.decode(trainee.model.process_latent_out(x)).detach().float().cpu().clone(), True
+        for number, preview in enumerate(self.previews):
+            content = BytesIO()
+            _as_picture(preview).save(content, "PNG")
+            write_whole(self.folder.path / f"preview-{done:06d}-{number}.png", content.getvalue())
 
     def _keep_lora(self) -> None:
         from safetensors.torch import save
@@ -248,6 +264,7 @@ class Session:
             "steps": trainer.done, "steps_in_all": self.config.steps, "seconds": round(seconds, 3),
             "mean_loss": _number(history.mean_loss()),
             "validation": best and {"step": best.step, "mean": best.mean, "bins": best.bins},
+            "straightness": [dataclasses.asdict(record) for record in history.straightness],
             "parameters": sum(value.numel() for value in trainer.params.values()), "skipped": sum(step.skipped for step in history.steps),
             "dropout": self.config.dropout, "density": self.config.density.describe(), "folder": self.folder.path.name, "notes": self.notes,
         }  # fmt: skip
@@ -262,6 +279,13 @@ def ordinary_clone(model: Any, dtype: str) -> Any:
     clone.set_model_compute_dtype(torch.bfloat16 if dtype == "bf16" else torch.float32)
     trainable_weights(clone)
     return clone
+
+
+def _as_picture(pixels: Tensor) -> Any:
+    """(h, w, 3) in 0…1 as a PIL picture."""
+    from PIL import Image
+
+    return Image.fromarray((pixels.clamp(0.0, 1.0) * 255.0).round().byte().numpy())
 
 
 def _number(value: float) -> float | None:
