@@ -222,6 +222,9 @@ class Recovery:
         if plan is None:
             allowed = "a model behind Apply Prune Plan, or a loaded pruned model"
             raise input_error(WHERE, "student", "a model without a plan", allowed, "Apply a plan first; Train takes whole models.")
+        if plan.width:
+            allowed = "a model that lacks blocks and has its full width"
+            raise input_error(WHERE, "student", "a masked or narrow model", allowed, "Recover first, then mask and narrow what comes out.")
         if self.student.get_attachment(SCHEDULED) is not None:
             allowed = "a model whose runs are replaced at every sigma"
             raise input_error(WHERE, "student", "runs with a range", allowed, "Set start_percent 0 and end_percent 1 in Apply Runs.")

@@ -18,7 +18,7 @@ from torch import Tensor
 from ...errors import input_error
 from ...families.width import WidthGroup, width_groups
 from .apply import ATTACHMENT, plan_of, stack_under
-from .identity import NETWORK, model_hash, original_part, original_weight
+from .identity import NETWORK, model_hash, original_parameters, original_part, original_weight
 from .plan import PrunePlan
 
 __all__ = [
@@ -157,7 +157,7 @@ def removed_share(kept: Kept, groups: tuple[WidthGroup, ...], model: Any) -> dic
         name, cost = "heads" if group.is_heads else "neurons", unit_weights(group, model)
         whole[name] += cost * group.count
         gone[name] += cost * (group.count - len(kept.get(group.key, range(group.count))))
-    total = sum(value.numel() for value in model.model.diffusion_model.parameters())
+    total = sum(value.numel() for _, value in original_parameters(model))
     shares = {name: gone[name] / whole[name] for name in whole if whole[name]}
     return {**shares, "all": sum(gone.values()) / total}
 

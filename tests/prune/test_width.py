@@ -30,6 +30,7 @@ from rectiflow.host.embedded import sd
 from rectiflow.host.embedded.patcher_extension import CallbacksMP
 from rectiflow.tests.accel.region_toys import FAMILIES, noise, sample, toy
 from rectiflow.tests.models import small_models
+from rectiflow.train.recovery import RecoverSettings, recover
 
 BEFORE = CallbacksMP.ON_PRE_RUN
 
@@ -169,6 +170,7 @@ def test_size_identity_and_what_is_removed(case):
     assert plan_from_json(plan.to_json(), "test") == plan
     sample(narrow, noise(), steps=1)  # while narrow layers lie on the network, all of this is still said of the whole one
     assert groups_of(model, "test") == groups and model_hash(model) == plan.model
+    assert removed_share(kept, groups, model) == shares
 
 
 def test_half_precision_stays(case):
@@ -302,6 +304,8 @@ def test_what_does_not_fit_is_refused(case):
             act(model, dataclasses.replace(plan, width={path: {kind: (0, 1 << 19)}}))
         with pytest.raises(NodeInputError, match="full width|narrow already|without one"):
             act(compact_model(model, plan, "test"), plan)
+        with pytest.raises(NodeInputError, match="full width"):
+            recover(act(model, plan), model, RecoverSettings(), None, None, None)
     with pytest.raises(NodeInputError, match="narrows layers"):
         compact_model(model, None, "test")
     wrapped = model.clone()
