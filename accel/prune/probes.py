@@ -68,11 +68,15 @@ class Recorder:
         self.per_call, self.seed = per_call, seed
         self.before: dict[str, list[list[Tensor]]] = {}
         self.after: dict[str, list[list[Tensor]]] = {}
+        self.whole: dict[str, bool] = {}  # whether a block hands every stream on
 
     def __call__(self, block: StackBlock, state: State, run: Callable[..., State]) -> State:
-        self.before.setdefault(block.path, []).append([self._few(tokens) for tokens in state])
+        before = [self._few(tokens) for tokens in state]
         out = run()
-        self.after.setdefault(block.path, []).append([self._few(tokens) for tokens in out if tokens is not None])
+        self.whole[block.path] = all(tokens is not None for tokens in out)  # SD3's last block hands no context on
+        if self.whole[block.path]:
+            self.before.setdefault(block.path, []).append(before)
+            self.after.setdefault(block.path, []).append([self._few(tokens) for tokens in out])
         return out
 
     def _few(self, tokens: Tensor) -> Tensor:
@@ -81,7 +85,9 @@ class Recorder:
         return tokens[:, chosen.to(tokens.device)].detach().float().cpu().flatten(0, 1).clone()
 
     def streams(self, path: str) -> list[tuple[Tensor, Tensor]]:
-        """(before, after) of each stream, (n, d)."""
+        """(before, after) of each stream, (n, d); none of a block that ends one."""
+        if not self.whole[path]:
+            return []
         joined = ([torch.cat(parts) for parts in zip(*calls)] for calls in (self.before[path], self.after[path]))
         return list(zip(*joined))
 
@@ -115,7 +121,7 @@ def probe_tables(recorder: Recorder, stack: Stack, longest: int = 10, ridge: flo
         for u in range(len(group)):
             through = [before.double() for before, _ in streams[u]]
             for v in range(u, min(len(group), u + longest)):
-                if len(probes[v]) < len(through):  # SD3's last block
+                if not probes[v] or not through:
                     break
                 through = [apply_probe(tokens, probe) for tokens, probe in zip(through, probes[v])]
                 each = [linear_cka(_read(tokens), _read(after)) for tokens, (_, after) in zip(through, streams[v])]

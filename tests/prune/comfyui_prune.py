@@ -10,6 +10,7 @@ import json
 import sys
 from pathlib import Path
 
+OUTPUT = sys.argv[2]  # ComfyUI reads the arguments next
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "samplers"))
 
 from comfyui_editing import FAMILIES, FLUX, SD3, WAN, Toy, load_pack  # noqa: E402  starts ComfyUI on the CPU
@@ -54,11 +55,13 @@ class Case:
         before = self.draw(self.model)
         pruned, _ = self.run("ApplyPrunePlan", model=self.model, plan=json.dumps(found), enabled=True)
         ours, after = self.draw(pruned), self.draw(self.model)
-        shorter = Case(self.nodes, self.name)
-        network = shorter.model.model.diffusion_model
+        network = self.model.model.diffusion_model
         blocks = getattr(network, HOLDER[self.name])
+        self.model.detach()
         setattr(network, HOLDER[self.name], torch.nn.ModuleList(block for index, block in enumerate(blocks) if index != GONE))
-        theirs = self.toy.draw(self.toy.picture, comfy.samplers.sampler_object("euler"), self.toy.target, shorter.model)
+        theirs = self.draw(self.model)
+        self.model.detach()
+        setattr(network, HOLDER[self.name], blocks)
         recovered = self.run(
             "RecoverPruned", student=pruned, teacher=self.model, learns="lora", rank=2, lr=1e-3, name=f"{self.name} recovered",
             data="teacher_x0", **STEPS, **self.base,
@@ -98,7 +101,7 @@ class Case:
 
 def main() -> None:
     nodes = load_pack()
-    folder_paths.set_output_directory(sys.argv[2])
+    folder_paths.set_output_directory(OUTPUT)
     found = {}
     for name in DEEPER:
         case = Case(nodes, name)

@@ -13,6 +13,8 @@ from rectiflow.errors import NodeInputError
 from rectiflow.families.stack import Stack, StackBlock
 from rectiflow.host import CFGGuider
 from rectiflow.metrics.bars import bar_chart
+from rectiflow.tests.accel.region_toys import conditioning, toy
+from rectiflow.train.pool import Calibration
 from rectiflow.train.prune_scores import RunSearch, ScoreRequest, find_runs, probe_layers, runs_from, score_blocks, velocity_error
 
 SEED = torch.Generator().manual_seed(5)
@@ -139,6 +141,17 @@ def test_runs_of_the_tiny_model(tiny, shown):
         runs_from(stats, RunSearch(largest_loss=0.0, tie=0.0), "test")
     with pytest.raises(NodeInputError, match="before Apply Prune Plan"):
         find_runs(apply_plan(tiny.model, found.plan, "test"), RunSearch(remove=1 / 3), shown, CFGGuider, "test")
+
+
+def test_the_block_that_ends_a_stream_is_in_no_run():
+    """SD3's last block hands no context on: it has no number, and every other run of its holder has one."""
+    model = toy("sd3")
+    case = Calibration(conditioning(5), None, (16, 6, 8), count=2, steps=2)
+    stats = probe_layers(model, case, CFGGuider, "test", at=4, ridge=1e-3)
+    table = stats.tables["min"].cka["joint_blocks"]
+    assert torch.isnan(table[:, -1]).all() and not torch.isnan(table[0, :-1]).any()
+    assert runs_from(stats, RunSearch(0.25, protect=""), "test").gone
+    assert "double:3" not in stats.report() and "double:2" in stats.report()
 
 
 def test_bars_mark_what_is_left_out():
