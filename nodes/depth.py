@@ -14,6 +14,7 @@ from .pruning import (
     REPORT,
     calibration,
     host_services,
+    idle_patches,
     run_folder,
     students_of,
 )  # fmt: skip
@@ -237,4 +238,4 @@ class RectiflowApplyRuns(Node):
         before, after = model.model_size(), applied.model_size()
         lines = [f"{found.describe(stack_under(model, self.TITLE))}; {before / 1e6:.1f} MB → {after / 1e6:.1f} MB ({after / before:.0%})"]
         lines += [f"{run.path} to {run.last}: {found.students.get(run.path, 'its first block')}" for run in found.runs]
-        return (applied, "\n".join(lines))
+        return (applied, "\n".join(lines) + idle_patches(model, found, self.TITLE))

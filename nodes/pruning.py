@@ -94,7 +94,7 @@ class RectiflowApplyPrunePlan(Node):
         pruned = apply_plan(model, found, self.TITLE, students_of(found, model, self.TITLE))
         before, after = model.model_size(), pruned.model_size()
         sizes = f"{before / 1e6:.1f} MB → {after / 1e6:.1f} MB ({after / before:.0%})"
-        return (pruned, f"{found.describe(stack_under(model, self.TITLE))}; {sizes}")
+        return (pruned, f"{found.describe(stack_under(model, self.TITLE))}; {sizes}{idle_patches(model, found, self.TITLE)}")
 
 
 class RectiflowRecoverPruned(Node):
@@ -154,6 +154,16 @@ class RectiflowRecoverPruned(Node):
         pool = calibration(teacher, positive, latent, seed=seed, **shown)
         done = recover(student, teacher, settings, pool, run_folder(name, self.TITLE), host_services())
         return (done.model, done.lora, {"loss": done.losses}, json.dumps(done.report, indent=1), done.picture)
+
+
+def idle_patches(model, plan, where):
+    """A line on the LoRA weights of `model` that meet no block under `plan`; empty where there are none."""
+    from ..accel.prune.apply import stack_under
+    from ..accel.prune.identity import NETWORK
+
+    gone = tuple(f"{NETWORK}{path}." for path in [*(block.path for block in plan.removed(stack_under(model, where))), *plan.students])
+    count = sum(key.startswith(gone) for key in model.patches)
+    return f"\n{count} of {len(model.patches)} patched weights are of blocks that are not there now" if count else ""
 
 
 def students_of(plan, model, where):

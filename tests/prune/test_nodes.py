@@ -54,6 +54,18 @@ def test_both_apply_nodes_put_the_students_on(made):
     assert plan_of(runs).runs and not plan_of(none).runs
 
 
+def test_the_report_counts_loras_that_meet_no_block(made):
+    model, plan = made
+    run = json.loads(plan)["runs"][0]
+    student, kept = (f"diffusion_model.{run['holder']}.{run['first']}", "diffusion_model.double_blocks.0")
+    names = {part: next(name for name, _ in model.model.named_parameters() if name.startswith(f"{part}.")) for part in (student, kept)}
+    patched = model.clone()
+    assert len(patched.add_patches({name: ("diff", (torch.zeros(1),)) for name in names.values()})) == 2
+    _, report = RectiflowApplyPrunePlan().execute(model=patched, plan=plan, enabled=True)
+    assert "1 of 2 patched weights" in report
+    assert "patched weights" not in RectiflowApplyPrunePlan().execute(model=model, plan=plan, enabled=True)[1]
+
+
 ELSEWHERE = ("../runs/students.safetensors", "node runs/lora.safetensors", "/etc/passwd", "", "other/students.safetensors")
 
 

@@ -61,24 +61,26 @@ def test_recomputing_blocks_changes_nothing(case):
     assert run(case, checkpointing=True).losses == pytest.approx(run(case).losses, rel=1e-5)
 
 
-def test_stopped_and_resumed_is_the_whole_run(case, tmp_path):
-    """Interrupted at step 2, then run again under the same name: bit-identical to the run that was not."""
+def test_stopped_at_every_step_and_resumed_is_the_whole_run(case, tmp_path):
+    """Interrupted after each of its steps and run again under the same name: bit-identical to the run that was not."""
     whole = run(case, tmp_path / "whole", ema=0.9)
     services = host_services()
     calls = []
 
     def interrupt():
         calls.append(1)
-        if len(calls) == 3:
+        if len(calls) % 2 == 0 and len(calls) < 2 * STEPS:
             raise KeyboardInterrupt
 
     model, pruned, shown = case
     settings = RecoverSettings(steps=STEPS, batch=2, rank=4, lr=3e-3, ema=0.9)
-    with pytest.raises(KeyboardInterrupt):
-        recover(pruned, model, settings, shown, tmp_path / "part", dataclasses.replace(services, interrupt=interrupt))
-    assert (tmp_path / "part" / "step-000002.safetensors").is_file(), "what was done is kept"
-    resumed = recover(pruned, model, settings, shown, tmp_path / "part", services)
-    assert resumed.lora.keys() == whole.lora.keys()
+    stopping = dataclasses.replace(services, interrupt=interrupt)
+    for done in range(1, STEPS):
+        with pytest.raises(KeyboardInterrupt):
+            recover(pruned, model, settings, shown, tmp_path / "part", stopping)
+        assert (tmp_path / "part" / f"step-{done:06d}.safetensors").is_file(), "what was done is kept"
+    resumed = recover(pruned, model, settings, shown, tmp_path / "part", stopping)
+    assert resumed.lora.keys() == whole.lora.keys() and resumed.losses == whole.losses
     assert all(torch.equal(resumed.lora[name], whole.lora[name]) for name in whole.lora)
 
 
