@@ -107,6 +107,10 @@ class RectiflowRettention(Node):
         choice("residual_device", ("model", "cpu"), "Where it is kept. cpu spares graphics memory and costs its transfer.", advanced=True),
         number("memory_gib", 8.0, 0.1, 1024.0, "A run that would keep more is refused. Flux at 1024 pixels in bf16: 1.5 per condition."),
         integer("min_tokens", 2048, 0, 1000000, "Below so many tokens attention stays dense. 0: measured on this machine.", advanced=True),
+        choice("form", ("centred", "published"),
+            "centred: the unseen give the mean value of now and what they gave beyond it. published: only what they gave.",
+            optional=True, advanced=True,
+        ),
     )
     OUTPUTS = (
         Output("MODEL", "model", "The same model with Re-ttention."),
@@ -116,7 +120,7 @@ class RectiflowRettention(Node):
 
     def run(
         self, model, keep, pattern, warmup_steps, period, ramp, rho_max, use_ratio, use_residual, residual_dtype, residual_device,
-        memory_gib, min_tokens, unique_id=None,
+        memory_gib, min_tokens, form="centred", unique_id=None,
     ):  # fmt: skip
         from ..accel.attention.rettention import Rettention, RettentionLog, attach_rettention
         from ..accel.attention.statistics import Storage
@@ -124,17 +128,18 @@ class RectiflowRettention(Node):
         log = RettentionLog()
         storage = Storage(residual_dtype, residual_device, int(memory_gib * 2**30))
         plan = Rettention(
-            log, self.TITLE, keep, pattern, warmup_steps, period, ramp, rho_max, use_ratio, use_residual, storage, min_tokens
+            log, self.TITLE, keep, pattern, warmup_steps, period, ramp, rho_max, use_ratio, use_residual, storage, min_tokens,
+            form,
         )  # fmt: skip
         return (attach_rettention(model, plan), log)
 
 
 class RectiflowAttentionReport(Node):
-    """Reads what Grouped Attention did in the last run: attentions grouped and left dense, and why."""
+    """Reads what Grouped Attention, Re-ttention or Context Drop did in the last run: attentions made cheaper and left dense, and why."""
 
     TITLE = "Attention Report"
     GROUP = GROUP
-    SEARCH_ALIASES = ["GRAT", "sparsity", "speed"]
+    SEARCH_ALIASES = ["GRAT", "Rettention", "context drop", "sparsity", "speed"]
     INPUTS = (
         socket("report", "ATTENTION_REPORT", "From Grouped Attention, Re-ttention or Context Drop."),
         socket("after", "LATENT", "The output of the sampler that took the model: the report waits for it."),

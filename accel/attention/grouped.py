@@ -56,11 +56,15 @@ class GroupRule:
         if not 0 <= self.radius <= 64:
             raise input_error(where, "radius", self.radius, "0 to 64 groups", "Enter 1.")
 
-    def sees(self, a: tuple[int, ...], b: tuple[int, ...], axes: tuple[bool, ...]) -> bool:
-        """Whether the group at a sees the one at b. axes: those the grid has; an axis of length 1 in a picture is none."""
-        near = all(abs(x - y) <= self.radius for x, y in zip(a, b))
-        line = any(x == y for x, y, real in zip(a, b, axes) if real)
-        return near if self.pattern == "block" else line if self.pattern == "cross" else near or line
+    def sees(self, places: torch.Tensor, axes: tuple[bool, ...]) -> torch.Tensor:
+        """Which groups see which, (g, g), for groups at `places` (g, 3). axes: those the grid has; a picture has no time."""
+        near = torch.ones(len(places), len(places), dtype=torch.bool)
+        line = torch.zeros_like(near)
+        for along, real in zip(places.unbind(1), axes):
+            near &= (along[:, None] - along).abs() <= self.radius
+            if real:
+                line |= along[:, None] == along
+        return near if self.pattern == "block" else line if self.pattern == "cross" else near | line
 
 
 def group_layout(sides: tuple[int, ...], rule: GroupRule, before: int = 0, behind: int = 0) -> BlockLayout:
@@ -72,7 +76,8 @@ def group_layout(sides: tuple[int, ...], rule: GroupRule, before: int = 0, behin
     places = list(itertools.product(*(range(count) for count in counts)))
     number = torch.arange(math.prod(sides)).view(sides) + before
     blocks = [number[tuple(slice(p * g, (p + 1) * g) for p, g in zip(place, group))].flatten() for place in places]
-    kept = [tuple(i for i, other in enumerate(places) if rule.sees(place, other, (clip, True, True))) for place in places]
+    seen = rule.sees(torch.tensor(places), (clip, True, True))
+    kept = [tuple(row.nonzero().flatten().tolist()) for row in seen]
     total = math.prod(sides) + before + behind
     for shared in (torch.arange(before), torch.arange(total - behind, total)):
         if len(shared):

@@ -7,10 +7,17 @@ With S_i the keys a query i sees and s_ij its scores, every `period` steps a den
 
 and the steps between give  O = ρ_t · A^S V + R  (eq. 9), ρ_t = min(ρ + λ·(t − t_refresh − 1), ρ_max).
 
-Ours: the step is read off sigma, so that no counter runs on from one picture to the next; all is kept per layer and per condition, and is
-taken apart and joined as the host batches conditions; sums stay logarithms, which no precision overflows; ρ is held below ρ_max; R stands
-before the output projection, the only place an attention override sees; S is made of blocks (grouped.py), so that sparse steps leave their
-work out. A step without its statistics, a size, a window or a condition that came new, is a dense one.
+Ours, form "centred": both sides with (1 − ρ) · v̄ more, v̄ the mean of the values of now, so that what the unseen gave moves with them:
+
+    R = A V − ρ · A^S V − (1 − ρ) · v̄,    O = ρ_t · A^S V + (1 − ρ_t) · v̄ + R
+
+A softmax's weights add up to one, so values that all grow by c move dense attention by c. The published form moves by ρ·c, this one by c.
+
+Also ours: the step is read off sigma, so that no counter runs on from one picture to the next; all is kept per layer and per condition, and
+is taken apart and joined as the host batches conditions; sums stay logarithms, which no precision overflows; ρ is held below ρ_max; R
+stands before the output projection, the only place an attention override sees; S is made of blocks (grouped.py), so that sparse steps leave
+their work out. A step without its statistics is a dense one that measures: a size, a window or a condition that came new, a dense step
+that a cache around us answered.
 """
 
 from __future__ import annotations
@@ -29,9 +36,10 @@ from .dispatch import AttentionCall, RunFacts, attach
 from .grouped import GroupRule, group_layout
 from .statistics import Kept, Storage, full_lse
 
-__all__ = ["PATTERNS", "Rettention", "RettentionLog", "attach_rettention", "layout_for"]
+__all__ = ["FORMS", "PATTERNS", "Rettention", "RettentionLog", "attach_rettention", "layout_for"]
 
 PATTERNS = ("grat_block", "grat_cross", "band_2d", "band_1d", "frame_band")
+FORMS = ("centred", "published")
 FRAMES = 4  # latent frames of a group in a clip, as GRAT has them
 
 
@@ -39,7 +47,7 @@ def layout_for(pattern: str, keep: float, sides: tuple[int, ...], before: int = 
     """Blocks in which an image token away from the edges sees about `keep` of the image; text sees and is seen by all.
 
     grat_block   squares and their 8 neighbours, in a clip also those before and after
-    grat_cross   squares in the same rows or columns
+    grat_cross   squares of 2 tokens a side and more in the same rows or columns; in a clip of 4 and more, also in the same frames
     band_2d      squares of 3/5 the side and their 24 neighbours: a rounder window, with more and smaller blocks
     band_1d      runs of tokens in reading order and the runs beside them: the paper's band for pictures
     frame_band   the same within a frame, and the same places of every frame: the paper's band for clips
@@ -54,8 +62,10 @@ def layout_for(pattern: str, keep: float, sides: tuple[int, ...], before: int = 
         shape = (frames, 1, place) if pattern == "frame_band" else (1, 1, frames * place)
         return group_layout(shape, GroupRule("block", (joined, 1, run), 1), before, behind)
     deep = min(FRAMES, frames)
-    if pattern == "grat_cross":
-        side = max(1, round(keep * place / (rows + columns)))
+    if pattern == "grat_cross":  # groups of fewer tokens take longer to gather than to compute; of a clip each of three planes has a share
+        planes, least = (3, 4) if len(sides) > 2 else (2, 2)
+        deep = max(1, round(keep * frames / planes))
+        side = max(least, round(2 * keep / planes * place / (rows + columns)))
         return group_layout(sides, GroupRule("cross", (deep, side, side), 0), before, behind)
     radius = 2 if pattern == "band_2d" else 1
     seen_frames = min(frames, (2 * radius + 1) * deep)
@@ -66,7 +76,8 @@ def layout_for(pattern: str, keep: float, sides: tuple[int, ...], before: int = 
 class RettentionLog:
     """What the last run did, for Attention Report; a node's output, filled while sampling.
 
-    ratios: step → layer → mean ρ over queries, heads and conditions. calls: attentions made sparse, dense with statistics, dense.
+    ratios: step → layer → (mean ρ over queries, heads and conditions, how many conditions). calls: attentions made sparse, dense with
+    statistics, dense.
     """
 
     def __init__(self):
@@ -74,11 +85,17 @@ class RettentionLog:
         self.calls = (0, 0, 0)
         self.share = 1.0
         self.held = 0  # bytes, most at any time
-        self.ratios: dict[float, dict[str, float]] = {}
+        self.ratios: dict[float, dict[str, tuple[float, int]]] = {}
         self.lines: list[str] = []
 
     def __deepcopy__(self, memo) -> RettentionLog:
         return self
+
+    def add(self, u: float, layer: str, ratio: float, conditions: int) -> None:
+        """Another call of a layer at step u; the host may make one for all conditions or one for each."""
+        before, count = self.ratios.setdefault(u, {}).get(layer, (0.0, 0))
+        total = count + conditions
+        self.ratios[u][layer] = ((before * count + ratio * conditions) / total, total)
 
     def text(self) -> str:
         sparse, measured, dense = self.calls
@@ -88,8 +105,9 @@ class RettentionLog:
             *self.lines,
         ]
         for u, layers in sorted(self.ratios.items()):
-            rows.append(f"step {u:g}: mean mass seen {sum(layers.values()) / len(layers):.4f}; "
-                        + ", ".join(f"{layer} {ratio:.3f}" for layer, ratio in layers.items()))  # fmt: skip
+            mean = sum(ratio for ratio, _ in layers.values()) / len(layers)
+            each = ", ".join(f"{layer} {ratio:.3f}" for layer, (ratio, _) in layers.items())
+            rows.append(f"step {u:g}: mean mass seen {mean:.4f}; {each}")
         return "\n".join(rows)
 
 
@@ -97,7 +115,7 @@ class RettentionLog:
 class Rettention:
     """Settings of a run. keep: share of the image a token sees; warmup: steps left dense; period: steps from one dense step to the next, 1
     makes all dense and measures; ramp: λ; min_tokens: text among them, below which attention stays dense; 0 measures this machine's
-    break-even count."""
+    break-even count; form: one of FORMS."""
 
     log: RettentionLog
     where: str
@@ -111,11 +129,13 @@ class Rettention:
     use_residual: bool = True
     storage: Storage = field(default_factory=Storage)
     min_tokens: int = 2048
+    form: str = "centred"
 
     def check(self) -> None:
         """Raises: NodeInputError for a value outside its range."""
-        if self.pattern not in PATTERNS:
-            raise input_error(self.where, "pattern", self.pattern, ", ".join(PATTERNS), "Choose one of these.")
+        for name, value, allowed in (("pattern", self.pattern, PATTERNS), ("form", self.form, FORMS)):
+            if value not in allowed:
+                raise input_error(self.where, name, value, ", ".join(allowed), "Choose one of these.")
         ranges = {
             "keep": (self.keep, 0.005, 1.0, "0.03125"), "warmup_steps": (self.warmup, 0, 100, "5"), "period": (self.period, 1, 50, "5"),
             "ramp": (self.ramp, 0.0, 0.2, "0.04"), "rho_max": (self.rho_max, 0.5, 2.0, "1"),
@@ -156,13 +176,22 @@ class RettentionHandler:
         names = [(call.layer, call.place, key, call.window) for key in call.keys]
         names = names if len(call.q) % len(names) == 0 else [(call.layer, call.place, call.keys, call.window)]
         rows = len(call.q) // len(names)
-        shape = (rows, *call.q.shape[1:])
-        refresh = (math.floor(u) - self.plan.warmup) % self.plan.period == 0
+        shape = torch.Size((rows, *call.q.shape[1:]))
         held = [self.kept.get(name) for name in names]
-        plain = not self.plan.use_ratio and not self.plan.use_residual
-        if refresh or not plain and any(kept is None or kept.shape != shape for kept in held):
+        if self._due(u, held, shape):
             return self._measure(call, layout, names, u)
         return self._corrected(call, layout, held, u)
+
+    def _due(self, u: float, held: list[Kept | None], shape: torch.Size) -> bool:
+        """Whether this step measures: by the schedule, or because what is held is missing, of another size or not of this period.
+
+        A step that a cache around us answered, or an area that came new, has measured nothing; the next one makes up for it.
+        """
+        plan, step = self.plan, math.floor(u)
+        first = step - (step - plan.warmup) % plan.period  # of this period
+        if step == first or not plan.use_ratio and not plan.use_residual:
+            return step == first
+        return any(kept is None or kept.shape != shape or not first <= kept.step <= step for kept in held)
 
     def close(self) -> None:
         if not self.sparse and not self.measured and not self.dense:
@@ -182,11 +211,11 @@ class RettentionHandler:
         log_ratio = (lse - full_lse(call.q, call.k, call.mask)).clamp_(max=0.0)  # (b, h, n)
         self.measured += 1
         layer = "{} {}".format(call.layer[0].removesuffix("_block"), call.layer[1]) + ("+" if call.place else "")
-        self.found.ratios.setdefault(u, {})[layer] = float(log_ratio.exp().mean())
+        self.found.add(u, layer, float(log_ratio.exp().mean()), len(names))
         if plan.period == 1:
             return full
         self._check_memory(self.layers * plan.storage.bytes_of(call.q, plan.use_ratio, plan.use_residual), call)
-        reshaped = _scaled(seen, log_ratio.exp() if plan.use_ratio else None)
+        reshaped = _reshaped(seen, log_ratio.exp() if plan.use_ratio else None, call.v if plan.form == "centred" else None)
         residual = full.float() - reshaped if plan.use_residual else None
         rows = len(call.q) // len(names)
         for i, name in enumerate(names):
@@ -210,9 +239,9 @@ class RettentionHandler:
         if plan.use_ratio:
             parts = [kept.ratio(out.device, plan.ramp * max(0.0, u - kept.step - 1.0), plan.rho_max) for kept in held]
             ratio = torch.cat(parts)
-        corrected = out if ratio is None else _scaled(out, ratio)
+        corrected = _reshaped(out, ratio, call.v if plan.form == "centred" else None)
         if plan.use_residual:
-            corrected = corrected.float() + torch.cat([kept.residual(out.device) for kept in held])
+            corrected = corrected + torch.cat([kept.residual(out.device) for kept in held])
         return corrected.to(out.dtype)
 
     def _layout(self, call: AttentionCall) -> BlockLayout:
@@ -250,12 +279,17 @@ class RettentionHandler:
             self.found.lines.append(line)
 
 
-def _scaled(out: torch.Tensor, ratio: torch.Tensor | None) -> torch.Tensor:
-    """ratio · out in fp32; a query that sees no key has ratio 0, and what a softmax over nothing gave is left out."""
+def _reshaped(out: torch.Tensor, ratio: torch.Tensor | None, values: torch.Tensor | None) -> torch.Tensor:
+    """ρ · out, and (1 − ρ) · v̄ of the values (b, h, n, d) where they are given, (b, h, n, d) in fp32.
+
+    A query that sees no key has ratio 0, and what a softmax over nothing gave is left out.
+    """
     out = out.float()
     if ratio is None:
         return out
-    return torch.where(ratio[..., None] > 0, out * ratio[..., None], 0.0)
+    ratio = ratio[..., None]
+    scaled = torch.where(ratio > 0, out * ratio, 0.0)
+    return scaled if values is None else scaled + (1.0 - ratio) * values.float().mean(dim=2, keepdim=True)
 
 
 def attach_rettention(model: Any, plan: Rettention) -> Any:

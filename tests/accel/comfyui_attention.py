@@ -11,12 +11,17 @@ import json
 import torch
 from comfyui_families import FALLING, TOYS, Bench, load_pack
 
+import comfy.sample  # isort: skip
+import comfy.samplers  # isort: skip
+
 FAMILIES = ("Flux", "Chroma", "SD3", "Lumina 2", "Qwen-Image", "Wan", "HunyuanVideo")
+PATTERNS = ("grat_block", "band_1d", "frame_band")
 REFUSED = ("LTX-Video", "Mochi", "AuraFlow")
 RETTENTION = {
     "keep": 0.2, "pattern": "grat_block", "warmup_steps": 1, "period": 2, "ramp": 0.0, "rho_max": 1.0, "use_ratio": True,
     "use_residual": True, "residual_dtype": "same", "residual_device": "model", "memory_gib": 1.0, "min_tokens": 1,
 }  # fmt: skip
+NEAR = torch.tensor([0.9, 0.89999, 0.0])  # two steps of a schedule at which a model is nearly the same
 
 
 def grouped(bench: Bench, **changed):
@@ -69,16 +74,34 @@ def answers(name: str, nodes: dict) -> dict:
     found["error"] = float((out - seen_by_hand(bench)).abs().max())
     off, _ = grouped(bench, radius=64)
     found["same_off"] = torch.equal(bench.draw(FALLING, off), plain)
-    rettention = nodes.get("RectiflowRettention")
-    if rettention is not None:
-        exact, _ = rettention().execute(model=bench.model, **{**RETTENTION, "period": 1})
-        found["rettention_exact"] = float((bench.draw(FALLING, exact) - plain).abs().max())
-        corrected, report = rettention().execute(model=bench.model, **RETTENTION)
-        found["rettention_error"] = float((bench.draw(FALLING, corrected) - plain).abs().max())
-        bare, _ = rettention().execute(model=bench.model, **{**RETTENTION, "use_ratio": False, "use_residual": False})
-        found["bare_error"] = float((bench.draw(FALLING, bare) - plain).abs().max())
-        found["report"] = report.text()
+    found["rettention"] = {pattern: rettention(bench, nodes["RectiflowRettention"], pattern) for pattern in PATTERNS}
+    exact, _ = nodes["RectiflowRettention"]().execute(model=bench.model, **{**RETTENTION, "period": 1})
+    found["measured_only_is_exact"] = torch.equal(bench.draw(FALLING, exact), plain)
     return found
+
+
+def unmoved(model, x, sigmas, extra_args=None, callback=None, disable=None):
+    """The same x at both sigmas; what the model says at the second."""
+    for sigma in sigmas[:-1]:
+        denoised = model(x, sigma * x.new_ones(len(x)), **(extra_args or {}))
+    return denoised
+
+
+def rettention(bench: Bench, node, pattern: str) -> dict:
+    """Largest change of the second of two evaluations, the first of which measures, with the correction and without."""
+
+    def draw(model) -> torch.Tensor:
+        prompts = [[[text.clone(), dict(given)] for text, given in prompt] for prompt in bench.prompts]
+        nothing = torch.zeros_like(bench.noise)
+        sampler = comfy.samplers.KSAMPLER(unmoved)
+        return comfy.sample.sample_custom(model, bench.noise, 2.0, sampler, NEAR, *prompts, nothing, disable_pbar=True, seed=0)
+
+    plain, errors = draw(bench.model), []
+    options = {**RETTENTION, "pattern": pattern, "warmup_steps": 0}
+    for corrected in (True, False):
+        model, log = node().execute(model=bench.model, **{**options, "use_ratio": corrected, "use_residual": corrected})
+        errors.append(float((draw(model) - plain).abs().max()))
+    return {"corrected": errors[0], "bare": errors[1], "calls": log.calls}
 
 
 if __name__ == "__main__":
