@@ -76,21 +76,32 @@ class ComfyUIServer:
 
     def run(self, graph: dict[str, dict]) -> dict[str, Any]:
         """Queue a graph in API form and wait; the history entry, or AssertionError with what went wrong."""
-        body = json.dumps({"prompt": graph}).encode()
-        request = urllib.request.Request(f"http://127.0.0.1:{self.port}/prompt", body, {"Content-Type": "application/json"})
+        entry = self.wait(self.queue(graph))
+        assert entry["status"]["status_str"] == "success", (entry["status"], self.last_words())
+        return entry
+
+    def post(self, path: str, content: dict[str, Any]) -> Any:
+        body = json.dumps(content).encode()
+        request = urllib.request.Request(f"http://127.0.0.1:{self.port}{path}", body, {"Content-Type": "application/json"})
         try:
             with urllib.request.urlopen(request, timeout=20) as answer:
-                queued = json.load(answer)
+                return json.loads(answer.read() or "null")
         except urllib.error.HTTPError as error:
-            raise AssertionError(f"ComfyUI refused the graph: {error.read().decode()}") from None
+            raise AssertionError(f"ComfyUI refused {path}: {error.read().decode()}") from None
+
+    def queue(self, graph: dict[str, dict]) -> str:
+        """Queue a graph in API form; its prompt id."""
+        queued = self.post("/prompt", {"prompt": graph})
         assert not queued["node_errors"], queued["node_errors"]
+        return queued["prompt_id"]
+
+    def wait(self, prompt_id: str) -> dict[str, Any]:
+        """The history entry of a prompt once it has ended, whatever ended it."""
         deadline = time.monotonic() + RUN_SECONDS
         while time.monotonic() < deadline:
-            history = self.get(f"/history/{queued['prompt_id']}")
+            history = self.get(f"/history/{prompt_id}")
             if history:
-                entry = history[queued["prompt_id"]]
-                assert entry["status"]["status_str"] == "success", (entry["status"], self.last_words())
-                return entry
+                return history[prompt_id]
             time.sleep(0.1)
         raise AssertionError(f"ComfyUI did not finish within {RUN_SECONDS} s:\n{self.last_words()}")
 

@@ -3,10 +3,15 @@
 from __future__ import annotations
 
 import json
+import shutil
+import time
+from pathlib import Path
 
 import pytest
-from rectiflow.host.embedded import run_graph
+from rectiflow.host import get_output_directory
+from rectiflow.host.embedded import run_graph, use_host
 from rectiflow.tests.contract.test_comfyui import both_hosts_agree, decoded, ksampler, shown, stock
+from rectiflow.train.checkpoints import RunFolder
 
 pytestmark = pytest.mark.comfyui
 
@@ -53,3 +58,59 @@ def test_with_required_inputs_alone(comfyui_server):
         show=("PreviewAny", {"source": ["train", 5]}),
     )  # fmt: skip
     assert json.loads(comfyui_server.run(asked)["outputs"]["show"]["text"][0])["steps"] == 2
+
+
+def report_of(name: str, **inputs) -> dict:
+    return graph(name, **inputs) | {"show": {"class_type": "PreviewAny", "inputs": {"source": ["train", 5]}}}
+
+
+def test_a_run_begun_here_goes_on_there(comfyui_server, embedded):
+    """Two of four steps on this host, the folder copied, the rest inside ComfyUI: the losses of four steps on one host."""
+    whole = json.loads(run_graph(report_of("whole"), embedded).outputs["show"]["text"][0])
+    run_graph(report_of("moved", steps_this_run=2), embedded)
+    with use_host(embedded):
+        source = Path(get_output_directory()) / "rf_train" / "moved"
+    shutil.copytree(source, comfyui_server.folder / "output" / "rf_train" / "moved")
+    entry = comfyui_server.run(report_of("moved", resume="auto"))
+    moved = json.loads(entry["outputs"]["show"]["text"][0])
+    assert moved["steps"] == 4 and any("resumed at step 2" in note for note in moved["notes"])
+    assert moved["mean_loss"] == pytest.approx(whole["mean_loss"], rel=1e-4)
+
+
+def test_an_interrupt_through_the_api_leaves_a_checkpoint(comfyui_server):
+    """The next queue goes on from it."""
+    folder = RunFolder(comfyui_server.folder / "output" / "rf_train" / "stopped")
+    queued = comfyui_server.queue(report_of("stopped", steps=10_000, save_every=1, validate_every=0))
+    deadline = time.monotonic() + 120
+    while not folder.steps() and time.monotonic() < deadline:
+        time.sleep(0.2)
+    comfyui_server.post("/interrupt", {})
+    assert comfyui_server.wait(queued)["status"]["status_str"] == "error"
+    kept, complaints = folder.newest()
+    assert not complaints and kept.step >= 1
+    more = report_of("stopped", steps=kept.step + 1, save_every=0, validate_every=0, resume="auto")
+    assert json.loads(comfyui_server.run(more)["outputs"]["show"]["text"][0])["steps"] == kept.step + 1
+
+
+PAIRS = {
+    "solver": ("RectiflowFlowODESampler", {"solver": "euler", "start_from": "noise", "last_step": "euler"}),
+    "grid": ("RectiflowUniformFlowSigmas", {"steps": 4, "start": 1.0, "end": 0.0}),
+    "pairs": ("RectiflowFlowPairGenerator", {
+        "model": ["load", 0], "positive": ["yes", 0], "negative": ["no", 0], "cfg": 2.0, "sampler": ["solver", 0], "sigmas": ["grid", 0],
+        "latent": ["empty", 0], "count": 2, "seed": 0, "path": "contract/pairs", "batch": 2,
+    }),
+    "data": ("RectiflowPairDataset", {"pairs": ["pairs", 0], "positive": ["yes", 0]}),
+    "flow": ("RectiflowTrainTarget", {"kind": "annealing_reflow", "teacher_cfg": 1.0, "anneal_steps": 2, "annealing": "linear"}),
+    "once": ("RectiflowTrainTarget", {
+        "kind": "flow_guided_distill", "teacher_cfg": 1.0, "anneal_steps": 0, "annealing": "linear", "teacher": ["train", 0],
+    }),
+}  # fmt: skip
+
+
+def test_pairs_reflow_and_one_step_are_the_same_on_both_hosts(comfyui_server, embedded):
+    asked = stock(
+        empty=EMPTY, optim=("RectiflowTrainOptimizer", OPTIM), **PAIRS, train=trained("flow", steps=2, target=["flow", 0]),
+        again=trained("once", steps=2, target=["once", 0], model=["train", 0]),
+        sample=ksampler(["empty", 0], model=["again", 0], steps=1, cfg=1.0), decode=decoded(["sample", 0]), save=shown(["decode", 0]),
+    )  # fmt: skip
+    both_hosts_agree(asked, comfyui_server, embedded)
