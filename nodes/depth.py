@@ -196,7 +196,8 @@ class RectiflowDistillRuns(Node):
         import json
 
         from ..accel.prune.plan import plan_from_json
-        from ..train.distill_runs import STUDENTS_FILE, RunSettings, distill_runs
+        from ..accel.prune.students import STUDENTS_FILE
+        from ..train.distill_runs import RunSettings, distill_runs
 
         shown = {key: given.pop(key) for key in _SHOWN if key in given}
         pool = calibration(model, positive, latent, seed=seed, **shown)

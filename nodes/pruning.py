@@ -173,9 +173,8 @@ def students_of(plan, model, where):
     """
     import dataclasses
 
-    from ..accel.prune.students import read_students
+    from ..accel.prune.students import STUDENTS_FILE, read_students
     from ..errors import input_error
-    from ..train.distill_runs import STUDENTS_FILE
     from .training import _run_folder
 
     found = {}

@@ -27,7 +27,7 @@ from ..accel.prune.gates import gate_blocks, own
 from ..accel.prune.identity import model_hash, original_module
 from ..accel.prune.plan import PrunePlan, Run
 from ..accel.prune.scores import relative_error
-from ..accel.prune.students import INITS, StudentBlock, new_student, source_of, student_file
+from ..accel.prune.students import INITS, STUDENTS_FILE, StudentBlock, new_student, source_of, student_file, weights_of
 from ..errors import input_error
 from ..families.stack import StackBlock, State
 from .checkpoints import RunFolder, write_whole
@@ -45,7 +45,6 @@ __all__ = ["DISTANCES", "STUDENTS_FILE", "Distilled", "RunSettings", "distill_ru
 
 WHERE = "Distill Runs"
 DISTANCES = ("dir_mse", "dir_l1", "mse")
-STUDENTS_FILE = "students.safetensors"
 LEAST_SIGMA = 1e-3
 MEASURED_AT = 16
 NORMS = (0.9, 1.1)  # ‖s‖/‖t‖ may be between these
@@ -287,18 +286,17 @@ class Distillation:
 
     def _results(self, gate: RunGate, seconds: float) -> Distilled:
         trainer, errors = self.found["trainer"], self.found["errors"]
-        weights, finished = {}, {}
+        finished = {}
         for module, casts in self.casting:
             module.comfy_cast_weights = casts
         for run in gate.runs:
             dtype = next(original_module(self.model, f"{run.holder}.{source_of(run, self.settings.init)}").parameters()).dtype
             module = gate.students[run.path].to(dtype).requires_grad_(False)
-            weights |= {f"{run.path}.{name}": value.detach().cpu() for name, value in module.named_parameters()}
             finished[run.path] = StudentBlock(module)
-        facts = {**self.plan.facts, "shift": self.settings.shift, "steps": trainer.done}
+        facts = {**self.plan.facts, "shift": self.settings.shift, "steps": trainer.done, "init": self.settings.init}
         plan = dataclasses.replace(self.plan, facts=facts)
         if self.folder:
-            write_whole(self.folder / STUDENTS_FILE, student_file(plan, self.settings.init, weights))
+            write_whole(self.folder / STUDENTS_FILE, student_file(plan, self.settings.init, weights_of(finished)))
             plan = dataclasses.replace(plan, students={path: f"{self.folder.name}/{STUDENTS_FILE}" for path in finished})
         apart = sum(errors[run.path] for run in gate.runs) ** 0.5
         report = {
@@ -306,7 +304,7 @@ class Distillation:
             "steps_per_second": round(len(trainer.history.steps) / max(self.found["training_seconds"], 1e-9), 3),
             "velocity_error": errors, "norm_ratio": {path: round(ratio, 4) for path, ratio in self.found["ratios"].items()},
             "error_of_all": errors["all"] ** 0.5, "root_of_squares_of_single": apart,
-            "accumulates": errors["all"] ** 0.5 > 1.5 * apart, "parameters": sum(value.numel() for value in weights.values()),
+            "accumulates": errors["all"] ** 0.5 > 1.5 * apart, "parameters": sum(value.numel() for value in trainer.params.values()),
             "settings": asdict(self.settings), "folder": self.folder.name if self.folder else None, "notes": self.notes,
         }  # fmt: skip
         losses = [step.loss for step in trainer.history.steps]

@@ -24,7 +24,7 @@ from ..errors import input_error
 from ..families.blocks import block_layout, parse_blocks
 from .draws import seeded
 
-__all__ = ["KINDS", "NETWORK", "Additions", "ParamSubset", "attach", "block_prefix"]
+__all__ = ["KINDS", "NETWORK", "Additions", "ParamSubset", "attach", "attach_to", "block_prefix", "merge_into"]
 
 KINDS = ("lora", "blocks", "all", "biases")
 NETWORK = "diffusion_model."  # where a host's model keeps the transformer
@@ -162,6 +162,33 @@ def attach(patcher: Any, subset: ParamSubset, seed: int, where: str) -> Addition
     for key, module in modules.items():
         patcher.add_weight_wrapper(f"{NETWORK}{key}", module)
     return Additions(modules)
+
+
+def attach_to(module: nn.Module, prefix: str, subset: ParamSubset, seed: int) -> dict[str, LowRank | Difference]:
+    """Put what learns straight onto the layers of `module`, which hangs on no network and belongs to the caller.
+
+    Returns "<prefix>.<layer>.weight" or "….bias" → what learns. The choice of layers in `subset` is not asked.
+    """
+    found: dict[str, LowRank | Difference] = {}
+    for name, layer in module.named_modules():
+        if hasattr(layer, "weight_function") and getattr(layer, "weight", None) is not None:
+            for key, made in _for_layer(f"{prefix}.{name}", layer, subset, seed).items():
+                getattr(layer, f"{key.rpartition('.')[2]}_function").append(made)
+                found[key] = made
+    return found
+
+
+@torch.no_grad()
+def merge_into(module: nn.Module) -> None:
+    """Write what `attach_to` put on the layers of `module` into their weights, and take it off."""
+    for layer in module.modules():
+        for part in ("weight", "bias"):
+            functions = getattr(layer, f"{part}_function", [])
+            for function in functions:
+                value = getattr(layer, part)
+                value.copy_(function(value))
+            if functions:
+                setattr(layer, f"{part}_function", [])
 
 
 def _for_layer(name: str, layer: Any, subset: ParamSubset, seed: int) -> dict[str, LowRank | Difference]:

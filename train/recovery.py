@@ -25,12 +25,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..accel.prune.apply import plan_of, stack_under, without_plan
+from ..accel.prune.apply import SkipBlock, plan_of, stack_under, without_plan
 from ..accel.prune.gates import gate_blocks, own
 from ..accel.prune.identity import NETWORK, model_hash
 from ..accel.prune.plan import PrunePlan
 from ..accel.prune.scores import relative_error
-from ..accel.prune.students import SCHEDULED
+from ..accel.prune.students import SCHEDULED, STUDENTS_FILE, StudentBlock, copy_of, student_file, weights_of, with_students
 from ..errors import input_error
 from ..families.stack import Stack, StackBlock, State
 from .checkpoints import RunFolder, write_whole
@@ -43,7 +43,7 @@ from .history import History
 from .host_model import checkpoint_blocks
 from .loop import Callbacks, StepContext, Trainer
 from .optim import Optim
-from .params import Additions, ParamSubset, attach
+from .params import Additions, ParamSubset, attach, attach_to, merge_into
 from .pool import Calibration, PoolData, Switched, checked_pool, inside, points, sample_pool, velocities
 from .targets import Target
 
@@ -193,7 +193,7 @@ def changed_blocks(plan: PrunePlan, stack: Stack) -> tuple[str, ...]:
 
 
 def subset_for(settings: RecoverSettings, plan: PrunePlan, stack: Stack) -> ParamSubset:
-    """What learns: nothing of blocks that are left out, or that a student stands for."""
+    """What learns on the network: nothing of blocks that are left out, or that a student stands for."""
     absent = [block.path for block in plan.removed(stack)] + list(plan.students)
     exclude = "|".join(f"^{path}[.]" for path in absent).replace("blocks.", "blocks[.]")
     if settings.learns == "changed_blocks":
@@ -216,6 +216,7 @@ class Recovery:
     services: Any
     notes: list[str] = field(default_factory=list)
     found: dict[str, Any] = field(default_factory=dict)
+    on_network: Additions | None = None
 
     def run(self) -> Recovered:
         plan, started = plan_of(self.student), time.perf_counter()
@@ -230,15 +231,16 @@ class Recovery:
             raise input_error(WHERE, "student", "runs with a range", allowed, "Set start_percent 0 and end_percent 1 in Apply Runs.")
         stack = stack_under(self.student, WHERE)
         plan.check(stack_under(self.teacher, WHERE), model_hash(self.teacher), WHERE)
-        patches = self.student.object_patches
-        students = {path: patches[NETWORK + path] for path in plan.students if NETWORK + path in patches}
         gone = frozenset(block.path for block in plan.removed(stack))
-        gate = PrunedGate(gone, frozenset(matched_places(plan, stack)), students)
         with torch.inference_mode(False), torch.enable_grad():
+            gate = PrunedGate(gone, frozenset(matched_places(plan, stack)), self._own_students())
             shared = self.student.model is self.teacher.model
             patcher = without_plan(self.student, plan, WHERE) if shared else self.student.clone()
+            for path in () if shared else gate.students:
+                patcher.add_object_patch(NETWORK + path, SkipBlock(stack.at(path)))  # ours answers, from the gate
             patcher = gate_blocks(patcher, stack.blocks, gate)
-            additions = attach(patcher, subset_for(self.settings, plan, stack), self.settings.seed, WHERE)
+            self.on_network = attach(patcher, subset_for(self.settings, plan, stack), self.settings.seed, WHERE)
+            additions = Additions({**self.on_network.modules, **self._on_students(gate.students)})
             if self.settings.checkpointing and not checkpoint_blocks(patcher):
                 self.notes.append("blocks of this model cannot be recomputed one by one; checkpointing is off")
             about = {"base": plan.model, "plan": plan.to_json(), "learns": self.settings.learns, "rank": self.settings.rank}
@@ -247,6 +249,18 @@ class Recovery:
             else:
                 self._with_teacher(patcher, additions, about, gate, stack)
         return self._results(time.perf_counter() - started)
+
+    def _own_students(self) -> dict[str, StudentBlock]:
+        """Copies of the student's trained blocks: the MODEL that was given keeps its own."""
+        found = {path: self.student.object_patches.get(NETWORK + path) for path in plan_of(self.student).students}
+        return {path: copy_of(student) for path, student in found.items() if isinstance(student, StudentBlock)}
+
+    def _on_students(self, students: dict[str, StudentBlock]) -> dict:
+        kind = "all" if self.settings.learns == "changed_blocks" else self.settings.learns
+        found = {}
+        for path, student in students.items():
+            found |= attach_to(student, path, ParamSubset(kind, self.settings.rank), self.settings.seed)
+        return found
 
     def _with_teacher(self, patcher: Any, additions: Additions, about: dict, gate: PrunedGate, stack: Stack) -> None:
         """A teacher with weights of its own: its run is opened around the student's."""
@@ -302,23 +316,29 @@ class Recovery:
         started = time.perf_counter()
         trainer.run()
         seconds = time.perf_counter() - started
-        exported = additions.export(trainer.ema.weights())
+        exported = self.on_network.export(trainer.ema.weights())
         with trainer.averaged():
             after = self._measured(trainee, fixed, wanted, pool)
+            for student in gate.students.values():
+                merge_into(student)
         self.found = {"trainer": trainer, "lora": exported, "before": before, "after": after, "training_seconds": seconds}
+        self.found["students"] = gate.students
         if folder:
-            self._keep(exported)
+            self._keep(exported, gate.students)
 
     def _measured(self, trainee: Any, fixed: list, wanted: Tensor, pool: Tensor) -> dict[str, float]:
         """Velocity error at fixed points, and the distance of final latents from the teacher's of the same noise, both relative."""
         own_pool = sample_pool(trainee, self.calibration)
         return {"velocity_error": relative_error(velocities(trainee, fixed), wanted), "final_latent_error": relative_error(own_pool, pool)}
 
-    def _keep(self, lora: dict[str, Tensor]) -> None:
+    def _keep(self, lora: dict[str, Tensor], students: dict[str, StudentBlock]) -> None:
         from safetensors.torch import save
 
         metadata = {"format": "pt", "rectiflow": json.dumps(asdict(self.settings))}
         write_whole(self.folder / "lora.safetensors", save(lora, metadata))
+        if students:
+            plan = plan_of(self.student)
+            write_whole(self.folder / STUDENTS_FILE, student_file(plan, plan.facts.get("init", "middle"), weights_of(students)))
 
     def _results(self, seconds: float) -> Recovered:
         trainer: Trainer = self.found["trainer"]
@@ -331,7 +351,9 @@ class Recovery:
         }  # fmt: skip
         if torch.cuda.is_available():
             report["peak_GiB"] = round(torch.cuda.max_memory_allocated() / 2**30, 3)
-        model = self.services.with_lora(self.student, self.found["lora"])
+        if self.found["students"]:
+            report["students"] = f"{self.folder.name}/{STUDENTS_FILE}" if self.folder else None
+        model = self.services.with_lora(with_students(self.student, self.found["students"]), self.found["lora"])
         losses = [step.loss for step in trainer.history.steps]
         return Recovered(model, self.found["lora"], losses, curve_picture(trainer.history), report)
 

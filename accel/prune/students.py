@@ -25,9 +25,13 @@ from .gates import StandIn
 from .identity import NETWORK, model_hash, original_module, original_parameters
 from .plan import PrunePlan, Run
 
-__all__ = ["INITS", "SCHEDULED", "StudentBlock", "apply_runs", "active_plan", "new_student", "read_students", "student_file"]
+__all__ = [
+    "INITS", "SCHEDULED", "STUDENTS_FILE", "StudentBlock", "active_plan", "apply_runs", "copy_of", "new_student", "read_students",
+    "student_file", "weights_of", "with_students",
+]  # fmt: skip
 
 INITS = ("middle", "first", "last", "average")
+STUDENTS_FILE = "students.safetensors"  # in the folder of the run that trained them
 METADATA = "rectiflow_runs"
 SCHEDULED = "rectiflow_scheduled_runs"
 APPLY = "apply_model"
@@ -60,18 +64,48 @@ def new_student(model: Any, run: Run, init: str = "middle") -> nn.Module:
     weights = dict(original_parameters(model))
     paths = [f"{run.holder}.{index}" for index in range(run.first, run.last + 1)] if init == "average" else []
     source = f"{run.holder}.{source_of(run, init)}"
-    student = copy.deepcopy(original_module(model, source))
-    student.__dict__.pop("forward", None)
-    for module in student.modules():
-        for name in ("weight_function", "bias_function"):
-            if hasattr(module, name):
-                setattr(module, name, [])
+    student = _bare_copy(original_module(model, source))
     for name, value in list(student.named_parameters()):
         others = [weights[f"{path}.{name}"] for path in paths if f"{path}.{name}" in weights] or [weights[f"{source}.{name}"]]
         mean = torch.stack([other.detach().float() for other in others]).mean(0).to(value.dtype)
         module = student.get_submodule(name.rpartition(".")[0])
         setattr(module, name.rpartition(".")[2], nn.Parameter(mean.clone(), requires_grad=False))
     return student
+
+
+def _bare_copy(module: nn.Module) -> nn.Module:
+    """A copy with weights of its own, that can learn, and without what hangs on the layers."""
+    made = copy.deepcopy(module)
+    made.__dict__.pop("forward", None)
+    for inner in made.modules():
+        for name in ("weight_function", "bias_function"):
+            if hasattr(inner, name):
+                setattr(inner, name, [])
+        for name, value in list(inner.named_parameters(recurse=False)):
+            setattr(inner, name, nn.Parameter(value.detach().clone(), requires_grad=False))
+    return made
+
+
+def copy_of(student: StudentBlock) -> StudentBlock:
+    """Another student with the same weights."""
+    return StudentBlock(_bare_copy(student.student))
+
+
+def weights_of(students: Mapping[str, StudentBlock]) -> dict[str, Tensor]:
+    """"<holder>.<u>.<parameter>" → values on the CPU."""
+    named = ((path, *entry) for path, each in students.items() for entry in each.student.named_parameters())
+    return {f"{path}.{name}": value.detach().cpu() for path, name, value in named}
+
+
+def with_students(model: Any, students: Mapping[str, StudentBlock]) -> Any:
+    """A clone of MODEL `model`, on which students lie, with these in their places."""
+    if not students:
+        return model
+    changed = model.clone()
+    for path, student in students.items():
+        changed.add_object_patch(NETWORK + path, student)
+    changed.patches_uuid = uuid.uuid4()
+    return changed
 
 
 def student_file(plan: PrunePlan, init: str, weights: Mapping[str, Tensor]) -> bytes:

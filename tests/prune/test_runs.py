@@ -11,7 +11,7 @@ from rectiflow.accel.prune.apply import apply_plan, bytes_of, plan_of, stack_und
 from rectiflow.accel.prune.gates import StandIn, gate_blocks, own
 from rectiflow.accel.prune.identity import model_hash, original_module
 from rectiflow.accel.prune.plan import PrunePlan, Run
-from rectiflow.accel.prune.students import INITS, active_plan, apply_runs, new_student, read_students
+from rectiflow.accel.prune.students import INITS, STUDENTS_FILE, active_plan, apply_runs, new_student, read_students
 from rectiflow.errors import NodeInputError
 from rectiflow.host import CFGGuider
 from rectiflow.host.embedded import sd
@@ -20,7 +20,6 @@ from rectiflow.tests.accel.region_toys import conditioning, noise, sample, toy
 from rectiflow.tests.models import small_models
 from rectiflow.train.distill_runs import (
     DISTANCES,
-    STUDENTS_FILE,
     RunGate,
     RunSettings,
     RunTeacher,
@@ -29,6 +28,7 @@ from rectiflow.train.distill_runs import (
     run_distance,
 )  # fmt: skip
 from rectiflow.train.pool import Calibration, inside
+from rectiflow.train.prune_scores import velocity_error
 from rectiflow.train.recovery import RecoverSettings, recover
 
 SHOWN = Calibration(conditioning(5), conditioning(9), (16, 4, 4), count=4, steps=2)
@@ -223,18 +223,33 @@ def test_loras_stay_off_students_and_on_the_rest(model, distilled):
         assert torch.equal(draw(patched), plain) == same
 
 
-def test_a_model_with_students_recovers(model, distilled):
-    """Both where the teacher shares the network and where it is loaded apart; the students themselves are not trained further."""
+@pytest.mark.parametrize("learns", ["lora", "changed_blocks"])
+def test_a_model_with_students_recovers(model, distilled, learns, tmp_path):
+    """Students learn along, as copies: what was given keeps its own, the file and the MODEL that comes out have the new ones. A teacher
+    that shares the network and one that is loaded apart teach the same."""
     done, _ = distilled
     applied = apply_runs(model, done.plan, done.students, "test")
     apart = sd.load_diffusion_model_state_dict(small_models.flux(depth=3, depth_single_blocks=4).state_dict())
-    settings = RecoverSettings(steps=3, batch=2, rank=2, lr=1e-3)
-    found = [recover(applied, teacher, settings, SHOWN, None, host_services()) for teacher in (model, apart)]
+    settings, before = RecoverSettings(steps=6, batch=2, rank=2, lr=2e-3, ema=0.0, learns=learns), draw(applied)
+    found = [recover(applied, teacher, settings, SHOWN, tmp_path / name, host_services()) for name, teacher in (("a", model), ("b", apart))]
     assert found[0].losses == pytest.approx(found[1].losses, rel=1e-4)
     assert not [name for name in found[0].lora if "single_blocks" in name or "double_blocks.0" in name]
-    assert torch.equal(draw(apart), draw(model)), "gates on exchanged blocks leave nothing behind"
+    assert torch.equal(draw(applied), before) and torch.equal(draw(apart), draw(model)), "nothing is left behind"
+    after = found[0].report["after"]["velocity_error"]
+    assert after < 0.98 * found[0].report["before"]["velocity_error"]
+    assert velocity_error(found[0].model, model, SHOWN, CFGGuider, 16) == pytest.approx(after, rel=1e-3)
+    read = read_students(tmp_path / "a" / STUDENTS_FILE, done.plan, model, "test")
+    for path, student in read.items():
+        new, old = (found[0].model.object_patches[f"diffusion_model.{path}"], done.students[path])
+        pairs = list(zip(student.parameters(), new.parameters(), old.parameters()))
+        assert all(torch.equal(a, b) for a, b, _ in pairs) and any(not torch.equal(b, c) for _, b, c in pairs)
+
+
+def test_recovery_of_scheduled_runs_is_refused(model, distilled):
+    done, _ = distilled
+    scheduled = apply_runs(model, done.plan, done.students, "test", (1.0, 0.5))
     with pytest.raises(NodeInputError, match="at every sigma"):
-        recover(apply_runs(model, done.plan, done.students, "test", (1.0, 0.5)), model, settings, SHOWN, None, host_services())
+        recover(scheduled, model, RecoverSettings(), SHOWN, None, host_services())
 
 
 def test_stopped_and_resumed_is_the_whole_run(model, plan, tmp_path):
