@@ -45,7 +45,7 @@ def bytes_of(module: nn.Module) -> int:
 
 
 def seen_bytes(model: Any, path: str) -> int:
-    """Of what this clone has at `path` and below."""
+    """Of what this clone has at `path` and below; held_bytes of a module is what it keeps beside its parameters and buffers."""
     own = [module for name, module in seen_modules(model) if name == path or name.startswith(f"{path}.")]
     tensors = {id(v): v for module in own for v in (*module.parameters(recurse=False), *module.buffers(recurse=False))}
-    return sum(value.numel() * value.element_size() for value in tensors.values())
+    return sum(value.numel() * value.element_size() for value in tensors.values()) + sum(getattr(m, "held_bytes", 0) for m in own)

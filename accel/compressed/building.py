@@ -72,7 +72,7 @@ def built_model(loaded: Loaded, make: Make, where: str, compact: bool = False) -
     if missing:
         raise refuse(f"without {len(missing)} weights of {type(network).__name__}: {missing[0]}")
     model.size = 0
-    model.size = model.model_size() + sum(layer.rotation.drawn_bytes for layer in loaded.layers.values())
+    model.size = model.model_size() + sum(layer.held_bytes for layer in loaded.layers.values())
     return _compacted(model, loaded, where) if compact and manifest.kept else _with_manifest(model, manifest, loaded.plan)
 
 

@@ -117,7 +117,12 @@ class QuantLinear(nn.Module):
     @property
     def nbytes(self) -> int:
         """Of everything but the bias; the rotation's fixed matrices are no part of the model."""
-        return self.stored.nbytes + self.rotation.drawn_bytes + sum(t.nbytes for t in (self.smooth, *(self.added or ())) if t is not None)
+        return self.stored.nbytes + self.held_bytes + sum(t.nbytes for t in (self.smooth, *(self.added or ())) if t is not None)
+
+    @property
+    def held_bytes(self) -> int:
+        """Of what is no parameter and no buffer: the drawn part of the rotation."""
+        return self.rotation.drawn_bytes
 
     @property
     def added(self) -> tuple[torch.Tensor, torch.Tensor] | None:

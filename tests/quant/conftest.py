@@ -35,6 +35,11 @@ class QuantRuns(TinyRuns):
     def quantized(self, model=None, **changed):
         return self.node("RectiflowQuantize", model=model or self.model, **{**QUANTIZE, **changed})[0]
 
+    def stats(self, layers: str):
+        shown = {"positive": self.conditioning("noto cat on white"), "latent_image": {"samples": torch.zeros(1, 16, 8, 8)}}
+        sigmas = torch.linspace(1, 0, 3)
+        return self.node("RectiflowQuantCalibrate", model=self.model, sigmas=sigmas, seed=0, num_runs=1, layers=layers, **shown)[0]
+
     def save(self, model, form: str = "rectiflow", dtype: str = "same", prefix: str = "test/model") -> str:
         return self.node("RectiflowSaveCompressed", model=model, filename_prefix=prefix, format=form, dtype=dtype)[0]
 

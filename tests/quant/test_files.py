@@ -26,6 +26,7 @@ from torch import nn
 LAYERS = ("double_blocks.0.img_mlp.0", "single_blocks.0.linear2")
 GONE = ("double_blocks.1", "single_blocks.3")
 PREFIX = "model.diffusion_model."
+IMG = r"double_blocks\.0\.img_attn"
 
 
 @pytest.fixture(scope="module")
@@ -55,7 +56,7 @@ def narrowed(runs):
 MODELS = {
     "W8": lambda runs: runs.quantized(),
     "W4 rows": lambda runs: runs.quantized(weight_bits="4", group_size="0"),
-    "W3 dual": lambda runs: runs.quantized(weight_bits="3", rotation="hadamard_block"),
+    "W3 dual": lambda runs: runs.quantized(weight_bits="3", rotation="dual", stats=runs.stats(IMG), include=IMG),
     "pruned": lambda runs: runs.pruned(*GONE),
     "pruned, mixed bits": lambda runs: runs.quantized(
         runs.quantized(runs.pruned(*GONE), include=r"double_blocks\.0"), weight_bits="4", include=r"double_blocks\.2"
@@ -103,6 +104,12 @@ def test_a_fresh_process_gives_the_same_latent(runs):
     )
     assert done.returncode == 0, done.stderr[-2000:]
     assert torch.equal(torch.load(out, weights_only=True), expected)
+
+
+def test_what_is_loaded_in_a_graph_can_still_be_trained(runs, file):
+    """Graphs run in inference mode, whose tensors no backward pass takes."""
+    loaded = runs.load(file)
+    assert not any(tensor.is_inference() for tensor in loaded.model.state_dict().values())
 
 
 class TestNumbering:
@@ -209,7 +216,7 @@ DAMAGE = {
     "arch": manifest_with(arch="MMDiT"),
     "dtype is 'int8'": manifest_with(dtype="int8"),
     "base is": manifest_with(base={"kind": "pickle"}),
-    "bits is 5": of_layer(bits=5),
+    "bits is": of_layer(bits=5),
     "rows is": of_layer(rows=1 << 30),
     "rows is True": of_layer(rows=True),
     "groups with 4 bits, group 7": of_layer(group=7),
