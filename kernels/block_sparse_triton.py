@@ -12,6 +12,8 @@ from typing import Any
 
 import torch
 
+from .form import Form
+
 try:
     import triton
     import triton.language as tl
@@ -132,18 +134,18 @@ def launch(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, layout: Any, bias:
     return (out, lse) if with_lse else out
 
 
-def aot_forms() -> list[tuple[str, Any, dict[str, str], dict[str, Any], dict[str, int]]]:
-    """(name, kernel, types of its arguments, constants, options) of the forms that bench/kernels.py compiles without a device."""
+def aot_forms(major: int) -> list[Form]:
+    """The forms that bench/kernels.py compiles without a device; the same for every compute capability."""
+    types = {name: "*bf16" for name in ("q_ptr", "k_ptr", "v_ptr", "out_ptr")} | {"bias_ptr": "*fp32", "lse_ptr": "*fp32"}
+    tables = ("order_ptr", "starts_ptr", "row_start_ptr", "kept_ptr", "tile_block_ptr", "tile_first_ptr")
+    strides = ("stride_b", "stride_h", "stride_n")
+    types |= {name: "*i32" for name in tables} | {name: "i32" for name in ("heads", "tokens", *strides)} | {"scale": "fp32"}
     forms = []
     for width in (64, 128):
         for lse in (False, True):
             shape = tile_shape(width)
-            types = {name: "*bf16" for name in ("q_ptr", "k_ptr", "v_ptr", "out_ptr")}
-            types |= {"bias_ptr": "*fp32", "lse_ptr": "*fp32"}
-            tables = ("order_ptr", "starts_ptr", "row_start_ptr", "kept_ptr", "tile_block_ptr", "tile_first_ptr")
-            types |= {name: "*i32" for name in tables}
-            types |= {name: "i32" for name in ("heads", "tokens", "stride_b", "stride_h", "stride_n")} | {"scale": "fp32"}
             constants = {"WIDTH": width, "BLOCK_M": shape["BLOCK_M"], "BLOCK_N": shape["BLOCK_N"], "HAS_BIAS": True, "HAS_LSE": lse}
             options = {"num_warps": shape["num_warps"], "num_stages": shape["num_stages"]}
-            forms.append((f"block_sparse d{width}{' lse' * lse}", block_sparse_kernel, types, constants | {"PRECISION": "tf32"}, options))
+            name = f"block_sparse d{width}{' lse' * lse}"
+            forms.append(Form(name, block_sparse_kernel, types, constants | {"PRECISION": "tf32"}, options, strides))
     return forms

@@ -25,6 +25,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from ...kernels.int8_linear import Int8Weight, int8_linear
+from ...kernels.quantise_tokens import NOTHING
 from .rotation import Rotation
 from .stored import StoredWeight
 
@@ -178,11 +179,13 @@ class QuantLinear(nn.Module):
         if self.weight_function:
             return self._product_of_functions(x)
         bias = self._bias(x)
-        turned = self.rotation.apply(x if self.smooth is None else x * self.smooth.to(x.dtype))
+        given, turn = x, self.rotation.turn(self.smooth)
+        if turn is None or self.act_bits == FULL:  # else the codes' own pass over x turns it
+            given, turn = self.rotation.apply(x if self.smooth is None else x * self.smooth.to(x.dtype)), NOTHING
         if self.act_bits == FULL:
-            out = F.linear(turned, self.stored.numbers().to(x.dtype), bias)
+            out = F.linear(given, self.stored.numbers().to(x.dtype), bias)
         else:
-            out = int8_linear(turned, Int8Weight(*self.stored.as_int8()), bias, self.act_bits)
+            out = int8_linear(given, Int8Weight(*self.stored.as_int8()), bias, self.act_bits, turn)
         for a, b in self._beside():
             a, b = a.to(x), b.to(x)
             out = out + (F.linear(F.linear(x, a), b) if len(a) else F.linear(x, b))

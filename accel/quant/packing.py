@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import torch
 
+from ...kernels.tlq_decode import unpacked
+
 __all__ = ["pack", "packed_width", "unpack"]
 
 _LANE = 8  # codes that fill whole bytes together, whatever their width
@@ -41,12 +43,4 @@ def unpack(packed: torch.Tensor, bits: int, count: int) -> torch.Tensor:
     _check(bits)
     if packed.shape[-1] != packed_width(count, bits):
         raise ValueError(f"rows of {packed.shape[-1]} bytes; {count} codes of {bits} bits take {packed_width(count, bits)}")
-    if bits == 8:
-        return packed[..., :count]
-    if bits in (2, 4):  # codes do not cross bytes: shifts of single bytes in place of words of eight
-        shifts = torch.arange(0, 8, bits, device=packed.device, dtype=torch.uint8)
-        return ((packed[..., None] >> shifts) & ((1 << bits) - 1)).flatten(-2)[..., :count]
-    lanes = packed.to(torch.int64).unflatten(-1, (-1, bits))
-    words = (lanes << (8 * torch.arange(bits, device=packed.device))).sum(-1, keepdim=True)
-    codes = (words >> (bits * torch.arange(_LANE, device=packed.device))) & ((1 << bits) - 1)
-    return codes.to(torch.uint8).flatten(-2)[..., :count]
+    return unpacked(packed, bits, count)

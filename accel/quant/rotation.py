@@ -21,9 +21,11 @@ seed, and a file stores the matrices themselves.
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
+
+from ...kernels.quantise_tokens import Turn
 
 __all__ = [
     "BLOCK", "CONVROT", "KINDS", "Rotation", "block_hadamard", "constant_rotation", "convrot", "dual_rotation", "hadamard", "no_rotation",
@@ -45,10 +47,13 @@ class Rotation:
     kind: str
     signs: torch.Tensor | None
     blocks: tuple[tuple[torch.Tensor | None, torch.Tensor, int], ...]
+    factor: torch.Tensor | None = None  # F where the only block is F⊗F: 32 products a channel in place of 256
 
     def apply(self, x: torch.Tensor) -> torch.Tensor:
         """x (…, k) → x R, in x's dtype; sums in float32 at least."""
         out = x.to(torch.promote_types(x.dtype, torch.float32))
+        if self.factor is not None:
+            return self.turn(None).apply(out).to(x.dtype)
         if self.signs is not None:
             out = out * self.signs.to(out)
         for order, matrix, stride in self.blocks:
@@ -80,7 +85,15 @@ class Rotation:
         """The same factors on another device; their dtype stays."""
         move = lambda tensor: None if tensor is None else tensor.to(device)  # noqa: E731
         blocks = tuple((move(order), matrix.to(device), stride) for order, matrix, stride in self.blocks)
-        return Rotation(self.kind, move(self.signs), blocks)
+        return Rotation(self.kind, move(self.signs), blocks, move(self.factor))
+
+    def turn(self, smooth: torch.Tensor | None) -> Turn | None:
+        """diag(smooth)·R as a step of quantise_tokens, for rotations inside groups of channels; None for those that mix a whole row."""
+        if self.factor is not None:
+            return Turn(smooth, self.signs, self.factor, squared=True)
+        if not self.blocks:
+            return Turn(smooth, self.signs)
+        return Turn(smooth, self.signs, self.blocks[0][1]) if self.kind == "hadamard_block" else None
 
 
 def _turned(x: torch.Tensor, matrix: torch.Tensor, stride: int) -> torch.Tensor:
@@ -122,16 +135,14 @@ def convrot(width: int) -> Rotation:
     if width % CONVROT:
         raise ValueError(f"blocks of {CONVROT} do not divide rows of {width}")
     regular = torch.tensor([[1.0, 1, 1, -1], [1, 1, -1, 1], [1, -1, 1, 1], [-1, 1, 1, 1]], dtype=torch.float64) / 2
-    matrix = torch.ones(1, 1, dtype=torch.float64)
-    while matrix.shape[0] < CONVROT:
-        matrix = torch.kron(matrix, regular)
-    return Rotation("convrot", None, ((None, matrix.float(), 1),))
+    factor = torch.kron(regular, regular)
+    return Rotation("convrot", None, ((None, torch.kron(factor, factor).float(), 1),), factor.float())
 
 
 def constant_rotation(kind: str, signs: torch.Tensor | None, width: int) -> Rotation:
     """The rotation of a file: of these kinds only the signs, (k,), are drawn; the matrices follow from the width."""
     found = {"none": lambda _: no_rotation(), "convrot": convrot, "hadamard": hadamard, "hadamard_block": block_hadamard}[kind](width)
-    return found if signs is None else Rotation(kind, signs, found.blocks)
+    return found if signs is None else replace(found, signs=signs)
 
 
 def hadamard(width: int, seed: int = 0) -> Rotation:

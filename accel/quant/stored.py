@@ -14,7 +14,8 @@ from dataclasses import dataclass, replace
 
 import torch
 
-from .packing import pack, packed_width, unpack
+from ...kernels.tlq_decode import tlq_decode
+from .packing import pack, packed_width
 from .twin_log import ROUNDS, SCALE_DTYPE, TINY, fit_groups, fit_rows
 from .uniform import int8_rows
 
@@ -38,37 +39,16 @@ class StoredWeight:
 
     def numbers(self) -> torch.Tensor:
         """ŵ (n, k) float32."""
-        if self.layout == "int8":
-            return self.codes.float() * self.scale
-        return self._looked_up().float().mul_(self.scale) if self.layout == "rows" else self._grouped().mul_(self.scale)
+        return self.codes.float() * self.scale if self.layout == "int8" else self._decoded(torch.float32)[0]
 
     def as_int8(self) -> tuple[torch.Tensor, torch.Tensor]:
         """(codes (n, k) int8, scale (n,)) for the integer product. Exact for int8 and rows; groups are rounded once more, to 8 bits of the
         row's largest: 42 dB below the weights where 4 bits are 22 below."""
-        if self.layout == "int8":
-            return self.codes, self.scale.flatten()
-        if self.layout == "rows":
-            return self._looked_up(), self.scale.flatten()
-        values = self._grouped()
-        row = (values.abs().amax(1, keepdim=True) / TOP).clamp_min(TINY)
-        return values.div_(row).round_().to(torch.int8), (row * self.scale).flatten()
+        codes, scale = (self.codes, self.scale) if self.layout == "int8" else self._decoded(torch.int8)
+        return codes, scale.flatten()
 
-    def _codes(self) -> torch.Tensor:
-        return unpack(self.codes, self.bits, self.columns)
-
-    def _looked_up(self) -> torch.Tensor:
-        """book[code] (n, k) int8."""
-        if self.layout == "rows":
-            return self.book.gather(1, self._codes().long())
-        if self.bits == 4 and self.columns % 8 == 0:  # a byte at a time: half the look-ups, no unpacked codes
-            byte = torch.arange(256, device=self.codes.device)
-            pairs = torch.stack([self.book[byte & 15], self.book[byte >> 4]], 1)
-            return pairs.index_select(0, self.codes.flatten().int()).view(self.codes.shape[0], -1)
-        return self.book.index_select(0, self._codes().flatten().int()).view(-1, self.columns)
-
-    def _grouped(self) -> torch.Tensor:
-        values = self._looked_up().float().unflatten(1, (self.group_scale.shape[1], -1))
-        return values.mul_(self.group_scale.float()[..., None]).flatten(1)
+    def _decoded(self, dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor]:
+        return tlq_decode(self.codes, self.book, self.bits, self.columns, self.scale, self.group_scale, dtype)
 
     def requantised(self, weight: torch.Tensor, seed: int | None = None) -> torch.Tensor:
         """Codes of another weight (n, k) on these grids and scales: the nearest ones, or with a seed rounded up or down by chance so that

@@ -176,13 +176,14 @@ class PartialCall:
         index = self.index if self.index.shape[0] == 1 else self.index.repeat(batch // self.index.shape[0], 1)
         changed = dict(control)
         for name, kind in self.spec.control.items():
-            kept = []
-            for place, residual in enumerate(control.get(name) or ()):
-                if residual is not None and (kind, place) != self.spec.blocks[-1] and (kind, place) in self.spec.blocks:
-                    if residual.shape[1] != self.tokens:
-                        raise Unfit(f"a ControlNet residual of {residual.shape[1]} tokens where the picture has {self.tokens}")
-                    residual = gather_tokens(residual, index)
-                kept.append(residual)
+            kept = list(control.get(name) or ())
+            inside = [(kind, place) != self.spec.blocks[-1] and (kind, place) in self.spec.blocks for place in range(len(kept))]
+            places = [place for place, residual in enumerate(kept) if residual is not None and inside[place]]
+            for place in places:
+                if kept[place].shape[1] != self.tokens:
+                    raise Unfit(f"a ControlNet residual of {kept[place].shape[1]} tokens where the picture has {self.tokens}")
+            for place, rows in zip(places, gather_tokens([kept[place] for place in places], index) if places else ()):
+                kept[place] = rows
             changed[name] = kept
         return changed
 

@@ -107,25 +107,28 @@ def all_rows(
 
     index: (1 or rows of a condition, a), the same for every condition.
     """
-    return tuple(_completed(store, keys, layer, plan, index, place, x) for place, x in enumerate((k, v)))
-
-
-def _completed(
-    store: KVStore, keys: Sequence[Hashable], layer: Layer, plan: RowPlan, index: torch.Tensor, place: int, x: torch.Tensor
-) -> torch.Tensor:
-    """Keys (place 0) or values (1)."""
     axis, start, count, active = plan.axis, plan.start, plan.count, index.shape[1]
+    full = tuple(_around(x, plan, active) for x in (k, v))
+    images = [x.narrow(axis, start, count).chunk(len(keys)) for x in full]
+    own = [x.narrow(axis, start, active).chunk(len(keys)) for x in (k, v)]
+    for place, key in enumerate(keys):
+        kept, rows = store.rows[key, layer], tuple(part[place] for part in own)
+        update = tuple(plan.rows(x, 0, active).detach().to(old.device, old.dtype) for x, old in zip(rows, kept))
+        write_tokens(kept, index.to(kept[0].device), update, axis)
+        targets = tuple(part[place] for part in images)
+        for target, old in zip(targets, kept):
+            target.copy_(plan.all_heads(old.to(target.device, target.dtype)))
+        if kept[0].dtype != k.dtype or k.requires_grad or v.requires_grad:
+            write_tokens(targets, index, rows, axis)  # this call's rows as they are, whatever precision is kept
+    return full
+
+
+def _around(x: torch.Tensor, plan: RowPlan, active: int) -> torch.Tensor:
+    """A tensor with all rows, those that are no image rows filled from x with its `active` ones."""
     shape = list(x.shape)
-    shape[axis] += count - active
+    shape[plan.axis] += plan.count - active
     full = x.new_empty(shape)
-    full.narrow(axis, 0, start).copy_(x.narrow(axis, 0, start))
-    behind = x.shape[axis] - start - active
-    full.narrow(axis, start + count, behind).copy_(x.narrow(axis, start + active, behind))
-    image, own = full.narrow(axis, start, count), x.narrow(axis, start, active)
-    for key, target, rows in zip(keys, image.chunk(len(keys)), own.chunk(len(keys))):
-        kept = store.rows[key, layer][place]
-        update = plan.rows(rows, 0, active).detach().to(kept.device, kept.dtype)
-        write_tokens(kept, index.to(kept.device), update, axis)
-        target.copy_(plan.all_heads(kept.to(x.device, x.dtype)))
-        write_tokens(target, index, rows, axis)  # this call's rows as they are, whatever precision is kept
+    full.narrow(plan.axis, 0, plan.start).copy_(x.narrow(plan.axis, 0, plan.start))
+    behind = x.shape[plan.axis] - plan.start - active
+    full.narrow(plan.axis, plan.start + plan.count, behind).copy_(x.narrow(plan.axis, plan.start + active, behind))
     return full

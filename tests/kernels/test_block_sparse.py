@@ -2,10 +2,6 @@
 
 from __future__ import annotations
 
-import os
-import subprocess
-import sys
-
 import pytest
 import torch
 from rectiflow.accel.attention.grouped import PATTERNS, GroupRule, group_layout
@@ -94,36 +90,3 @@ def test_memory_is_linear_in_kept_blocks():
 def test_what_does_not_fit_is_refused(wrong):
     with pytest.raises(ValueError):
         wrong()
-
-
-TRITON = """
-import torch
-from rectiflow.tests.kernels.test_block_sparse import layout_of, tensors
-from rectiflow.kernels.block_sparse_attention import block_sparse_attention, reference, torch_path
-for sides, group, pattern, width in [((9, 7), (4, 3), "block", 16), ((5, 3, 7), (2, 3), "cross", 32), ((3, 150), (3, 140), "block", 16)]:
-    layout = layout_of(sides, group, pattern, radius=0)
-    q, k, v = tensors(layout.tokens, 2, 2, width)
-    bias = torch.zeros(2, 1, layout.tokens)
-    bias[1, 0, 1:3] = -1e4
-    for mask in (None, bias, bias == 0):
-        out, lse = block_sparse_attention(q, k, v, layout, mask, with_lse=True, backend="triton")
-        _, expected = torch_path(q, k, v, layout, mask, with_lse=True)
-        torch.testing.assert_close(out, reference(q, k, v, layout, mask), atol=1e-5, rtol=0)
-        torch.testing.assert_close(lse, expected, atol=1e-5, rtol=0)
-print("equal")
-"""
-
-
-def test_triton_kernel_in_the_interpreter():
-    pytest.importorskip("triton")
-    environment = {**os.environ, "TRITON_INTERPRET": "1"}
-    done = subprocess.run([sys.executable, "-c", TRITON], capture_output=True, text=True, env=environment, timeout=120)
-    assert done.stdout.strip() == "equal", done.stderr
-
-
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
-@pytest.mark.parametrize("sides, group", GRIDS)
-def test_triton_kernel_on_a_device(sides, group):
-    layout = layout_of(sides, group)
-    q, k, v = (x.cuda() for x in tensors(layout.tokens, width=64))
-    torch.testing.assert_close(block_sparse_attention(q, k, v, layout, backend="triton"), reference(q, k, v, layout), atol=EQUAL, rtol=0)
