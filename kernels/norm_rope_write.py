@@ -77,9 +77,13 @@ def reference(q, k, v, cache_k, cache_v, place, rotations=None, norm: QKNorm | N
 def torch_path(q, k, v, cache_k, cache_v, place, rotations=None, norm: QKNorm | None = None, text: int = 0) -> torch.Tensor:
     """As norm_rope_write."""
     eps = norm.eps if norm else 0.0
-    turned = [_turned(_normed(x.float(), scale, eps, text), rotations) for x, scale in ((q, norm and norm.q), (k, norm and norm.k))]
+    turned = [_normed(x.float(), scale, eps, text) for x, scale in ((q, norm and norm.q), (k, norm and norm.k))]
+    if rotations is not None:  # one complex product in place of four real ones and a sum
+        turn = torch.view_as_complex(rotations[..., 0].float().contiguous())[:, None]  # cos + i·sin
+        pairs = [torch.view_as_complex(x.contiguous().unflatten(-1, (-1, 2))) for x in turned]
+        turned = [torch.view_as_real(x * turn).flatten(-2) for x in pairs]
     write_tokens((cache_k, cache_v), place, (turned[1].to(cache_k.dtype), v.to(cache_v.dtype)), 2, backend="torch")
-    return turned[0].to(q.dtype)
+    return turned[0].to(q.dtype, copy=turned[0] is q)
 
 
 def unfit(q: torch.Tensor, cache: torch.Tensor) -> str:

@@ -8,7 +8,7 @@ packed (n, ⌈k/8⌉·bits) uint8: eight codes of b bits are b bytes, the first 
 (n, k/group) 8-bit float (e4m3) or None; scale (n, 1) float32.
 
     reference   codes one by one, float64
-    torch       look-ups; 4 bits a byte at a time
+    torch       look-ups; two codes of 4 bits or four of 3 at a time
     Triton      a program has a row: eight codes are one word of 32 bits, their levels come from the book in the first-level cache. Groups
                 are walked twice, for the row's range and for the codes; packed rows are 384 bytes per 768 weights, so the second walk costs
                 nothing beside the write
@@ -71,6 +71,12 @@ def _levels(packed: torch.Tensor, book: torch.Tensor, bits: int, columns: int) -
         if book.ndim == 2:
             place += torch.arange(0, 256 * len(packed), 256, dtype=torch.int32, device=packed.device)[:, None]
         return pairs.index_select(0, place.flatten()).view(torch.int8).view(len(packed), columns)
+    if bits == 3 and book.ndim == 1 and columns % LANE == 0:  # four codes of 12 bits are a look-up of four levels in a word
+        first, second, third = packed.int().unflatten(1, (-1, 3)).unbind(2)
+        word = first | second << 8 | third << 16
+        four = torch.arange(4096, device=packed.device)[:, None] >> torch.arange(0, 12, 3, device=packed.device) & 7
+        levels = book[four].view(torch.int32).flatten()
+        return levels.index_select(0, torch.stack((word & 4095, word >> 12), -1).flatten()).view(torch.int8).view(len(packed), columns)
     codes = unpacked(packed, bits, columns)
     return book.gather(1, codes.long()) if book.ndim == 2 else book.index_select(0, codes.flatten().int()).view(codes.shape)
 

@@ -73,8 +73,8 @@ def test_modulation_is_an_adaptive_norm_and_batches_equal_singles():
 
 
 @pytest.mark.parametrize("given", [
-    (4, 1100, 0, True), (4, 1100, 0, False), (4, 1056, 33, False), (4, 21, 7, False), (3, 88, 11, True), (2, 21, 0, False),
-    (6, 50, 0, True), (8, 33, 0, False),
+    (4, 1100, 0, True), (4, 1100, 0, False), (4, 1056, 33, False), (4, 21, 7, False), (3, 88, 11, True), (3, 88, 11, False),
+    (2, 21, 0, False), (6, 50, 0, True), (8, 33, 0, False),
 ])  # fmt: skip
 def test_decoded_weights_against_codes_one_by_one(given):
     bits, columns, groups, row_books = given
