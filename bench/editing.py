@@ -2,16 +2,14 @@
 
     reconstruction  PSNR, SSIM and feature distance of x0 → z → x0 at 20, 40 and 60 evaluations: every inversion, caption and empty prompt
     steepness       why the empty prompt is hard: what each half of the round trip errs, and how the way down enlarges it
-    methods         likeness inside and outside the edited region, and the class margin, of every method at equal evaluations
+    methods         likeness inside and outside the edited region, and the class margin inside, of every method at its best setting and at
+                    equal evaluations (edit_methods.py says how they are chosen)
     figure          docs/inversion_prompts.png, drawn from the table of reconstruction
     features        bytes and seconds of RF-Edit's bank: held, capped to nothing, and the plain run
 
 Pictures to reconstruct: the 32 held-out ones of bench/pictures under their captions, or every PNG of --pictures, whose file name is its
 caption ("noto cat on white.png"). The codec's own loss is taken out: results are compared with the decoded latent. Everything is on the CPU
 with seed 0, cfg 1; seconds are process time, so set OMP_NUM_THREADS=1.
-
-The class margin asks the model itself: its velocity error on the result under the source prompt less that under the target prompt,
-mean over four sigmas and eight noises, divided by their sum. Above 0 the model finds the target likelier.
 """
 
 from __future__ import annotations
@@ -26,13 +24,13 @@ from pathlib import Path
 
 import numpy
 import torch
+from edit_methods import bench_methods, prompt_rows
 from held_out import load_held_out
 from PIL import Image
 from rectiflow import NODE_CLASS_MAPPINGS as NODES
-from rectiflow.host import KSAMPLER, CFGGuider, calc_cond_batch, cfg_function, sample_custom
+from rectiflow.host import KSAMPLER, sample_custom
 from rectiflow.metrics.fidelity import figures
 from rectiflow.metrics.plot import Chart, Series, line_chart
-from rectiflow.samplers.edit_methods import EditTask, HostCalls, parse_methods, run_method
 from rectiflow.samplers.feature_sharing import EDIT_SOLVERS
 from rectiflow.samplers.inversion import INVERTERS, InvertSampler, inversion_sigmas
 from rectiflow.samplers.registry import SOLVERS
@@ -41,21 +39,7 @@ from table import RESULTS, write_table
 
 BUDGETS = (20, 40, 60)
 ROWS = 8  # pictures in one model call
-HOST = HostCalls(sample_custom, calc_cond_batch, cfg_function, CFGGuider, KSAMPLER)
-PROMPTS = {"smiling cat": ("noto cat on white", "noto dog on white"), "smiling face": ("noto smile on white", "noto angry on white")}
-# About 56 evaluations each; the settings stand in docs/editing.md, chosen on the smiling cat alone.
-METHODS = """
-euler steps=28 cfg=2
-rf_edit steps=14 inject_steps=0 blocks=single:3-5 cfg=2
-rf_edit steps=14 inject_steps=8 blocks=single:3-5 cfg=2
-fireflow steps=27 inject_steps=15 blocks=single:3-5 cfg=2
-rf_inversion steps=28 eta=0.9 end=0.25 cfg=2.5
-flow_edit steps=34 skip=6 cfg=3.5
-uni_edit steps=23 alpha=0.8 omega=1 cfg=2
-kv_edit steps=19 cfg=2
-kv_edit steps=19 cfg=2 start=noise
-kv_edit steps=28 cfg=2 start=inversion_free
-"""
+PROMPTS = {"smiling cat": ("noto cat on white", "noto dog on white")}
 
 
 class Bench:
@@ -67,22 +51,6 @@ class Bench:
 
     def prompt(self, text: str) -> list:
         return self.clip.encode_from_tokens_scheduled(self.clip.tokenize(text))
-
-    def velocity_error(self, latent: torch.Tensor, conditioning: list, draws: int = 8) -> float:
-        """Mean squared error of the velocity at four sigmas, the noises alike for every prompt."""
-        generator, total = torch.Generator().manual_seed(0), 0.0
-        context, pooled = conditioning[0][0].expand(draws, -1, -1), conditioning[0][1]["pooled_output"].expand(draws, -1)
-        with torch.no_grad():
-            for sigma in (0.35, 0.5, 0.65, 0.8):
-                noise = torch.randn(draws, *latent.shape[1:], generator=generator)
-                x = (1 - sigma) * latent + sigma * noise
-                denoised = self.model.model.apply_model(x, torch.full((draws,), sigma), c_crossattn=context, y=pooled)
-                total += float(((x - denoised) / sigma - (noise - latent)).square().mean())
-        return total
-
-    def margin(self, latent: torch.Tensor, source: list, target: list) -> float:
-        under_source, under_target = self.velocity_error(latent, source), self.velocity_error(latent, target)
-        return (under_source - under_target) / (under_source + under_target)
 
 
 @dataclass(frozen=True)
@@ -105,9 +73,7 @@ class Pictures:
 
     def conditioning(self, bench: Bench, kind: str) -> list:
         """One row a picture: its caption, or the empty prompt."""
-        parts = [bench.prompt(caption if kind == "caption" else "")[0] for caption in self.captions]
-        pooled = torch.cat([extra["pooled_output"] for _, extra in parts])
-        return [[torch.cat([context for context, _ in parts]), {**parts[0][1], "pooled_output": pooled}]]
+        return prompt_rows(bench, [caption if kind == "caption" else "" for caption in self.captions])
 
     def split(self) -> list[Pictures]:
         """The same, ROWS at a time."""
@@ -220,29 +186,6 @@ def rms(x: torch.Tensor) -> torch.Tensor:
     return x.square().flatten(1).mean(1).sqrt()
 
 
-def bench_editing(bench: Bench) -> None:
-    rows = []
-    for name, (source, target) in PROMPTS.items():
-        picture = NODES["RectiflowExamplePicture"]().execute(picture=name)[0]
-        latent = bench.vae.encode(picture)
-        decoded = bench.vae.decode(latent)
-        paper = (decoded.amin(-1) > 0.97).float()  # background: what is white in the picture, (1, h, w)
-        prompts = bench.prompt(source), bench.prompt(target), bench.empty
-        task = EditTask(bench.model, *prompts, latent, uniform(28), mask=1 - paper)
-        rows.append([name, "the picture itself", 0, 0, "", "", "", "", f"{bench.margin(latent, task.source, task.target):+.4f}"])
-        for method in parse_methods(METHODS, "bench"):
-            start = time.process_time()
-            edited, calls, model_rows = run_method(method, task, HOST)
-            seconds = time.process_time() - start
-            result = bench.vae.decode(edited)
-            outside, inside = (figures(result, decoded, part, "gaussian", 1.0, "bench") for part in (paper, 1 - paper))
-            shown = [f"{float(figure):.2f}" for figure in (outside.psnr.mean(), inside.psnr.mean())]
-            score = f"{bench.margin(edited, task.source, task.target):+.4f}"
-            rows.append([name, method.text, calls, model_rows, f"{seconds:.2f}", *shown, f"{float(outside.ssim.mean()):.3f}", score])
-    header = ["picture", "method", "calls", "rows", "seconds", "psnr_background", "psnr_inside", "ssim_background", "class_margin"]
-    write_table("editing_methods", header, rows)
-
-
 def bench_features(bench: Bench, rounds: int) -> None:
     """What sharing costs: 14 steps, 8 of them shared, the later half of the single blocks; seconds of the fastest round."""
     latent = bench.vae.encode(NODES["RectiflowExamplePicture"]().execute(picture="smiling cat")[0])
@@ -286,7 +229,7 @@ def main() -> None:
     if "steepness" in chosen:
         bench_steepness(bench, pictures, 40 if arguments.quick else 60)
     if "methods" in chosen:
-        bench_editing(bench)
+        bench_methods(bench, arguments.quick)
     if "features" in chosen:
         bench_features(bench, 1 if arguments.quick else 7)
 

@@ -5,8 +5,8 @@
     cost       seconds and peak memory of a run: Euler, FlowChef, and steering with the gradient taken through the model
     guidance   the guider's rules on the tiny model: spread of the result, share of burnt pixels, rows that reach the model
 
-Pictures: the two that ship (the model was not trained on them) and their mirror images, one caption each, two seeds. CPU, float32. Seconds are
-process time, which other work on the machine barely touches; set OMP_NUM_THREADS=1 so that they are those of one core.
+Pictures: the two that ship (the model was not trained on them) and their mirror images, one caption each, two seeds. CPU, float32. Seconds
+are process time, which other work on the machine barely touches; set OMP_NUM_THREADS=1 so that they are those of one core.
 """
 
 from __future__ import annotations

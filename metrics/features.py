@@ -7,7 +7,8 @@ Features as a Perceptual Metric", arXiv 1801.03924), by direction and without it
     d = mean over blocks and tokens of ‖f/‖f‖ − g/‖g‖‖²/2 = 1 − cos(f, g)
 
 0 for equal pictures, at most 2. The activations are taken through `patches_replace["dit"]`; they are compared where they arise and
-only the distances, one number a token, are kept.
+only the distances, one number a token, are kept. An image encoder (CLIP, SigLIP, DINOv2) may be the eye instead: the tokens of its last
+layer but one are compared in the same way.
 """
 
 from __future__ import annotations
@@ -24,10 +25,14 @@ from torch.nn.functional import adaptive_avg_pool2d, normalize
 
 from ..errors import input_error
 
-__all__ = ["Block", "FeatureFigures", "OneCall", "TokenDistances", "grid_weights", "measure_blocks", "parse_blocks", "token_distance"]
+__all__ = [
+    "Block", "FeatureFigures", "OneCall", "TokenDistances", "grid_weights", "measure_blocks", "parse_blocks", "token_distance",
+    "vision_distances",
+]
 
 Block = tuple[str, int]  # ("double" or "single", index)
 _PART = re.compile(r"(double|single)\s*:\s*([0-9]+)(?:\s*-\s*([0-9]+))?")
+VISION_LAYER = "layer"  # in reports: "layer:-2"
 _MOST_BLOCKS = 1000  # far above any transformer; a typing error must not make millions
 
 
@@ -156,6 +161,25 @@ def _reporting(block: Block, distances: TokenDistances, earlier):
         return out
 
     return patch
+
+
+def vision_distances(clip_vision: Any, pictures: Tensor, references: Tensor, where: str) -> tuple[TokenDistances, tuple[int, int]]:
+    """The tokens of an image encoder's last layer but one, compared, and the size of their grid. The picture is squeezed into a square.
+
+    Args:
+        clip_vision: CLIP_VISION of the host.
+        pictures, references: `(b, h, w, 3)` in 0…1.
+    """
+    states = [clip_vision.encode_image(pixels, crop=False)["penultimate_hidden_states"] for pixels in (pictures, references)]
+    tokens = states[0].shape[1]
+    side = math.isqrt(tokens)
+    first = tokens - side * side  # a class token stands before those of the picture
+    if first > 1:
+        got = f"{tokens} tokens"
+        raise input_error(where, "clip_vision", got, "a square of tokens, and a class token at most", "Use CLIP, SigLIP or DINOv2.")
+    distances = TokenDistances(((VISION_LAYER, -2),), len(pictures))
+    distances.take((VISION_LAYER, -2), torch.cat(states)[:, first:])
+    return distances, (side, side)
 
 
 class OneCall:

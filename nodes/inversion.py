@@ -64,13 +64,14 @@ class RectiflowNoiseFromLatent(Node):
         socket("model", "MODEL", "The model that inverted; its latent format turns the latent back into model space."),
         socket("latent", "LATENT", "The inverted latent."),
         number("sigma_start", 1.0, 0.001, 1.0, "The last sigma of the inversion, which is the first sigma of the sampling."),
+        socket("sigmas", "SIGMAS", "The schedule that samples from it; refused where it does not fall from sigma_start.", optional=True),
     )
     OUTPUTS = (Output("NOISE", "noise", "For SamplerCustomAdvanced, over an empty latent."),)
 
-    def run(self, model, latent, sigma_start: float):
+    def run(self, model, latent, sigma_start: float, sigmas=None):
         from ..samplers.inversion import LatentNoise
 
-        return (LatentNoise(model.get_model_object("process_latent_in")(latent["samples"]), sigma_start),)
+        return (LatentNoise(model.get_model_object("process_latent_in")(latent["samples"]), sigma_start, sigmas),)
 
 
 class RectiflowFlowInvert(Node):

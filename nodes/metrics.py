@@ -59,6 +59,9 @@ class RectiflowFeatureDistance(Node):
         socket("vae", "VAE", "The linked model's VAE.", optional=True),
         socket("conditioning", "CONDITIONING", "The prompt the linked model sees the pictures with, best an empty one.", optional=True),
         socket("mask", "MASK", "Only this region counts.", optional=True),
+        socket("clip_vision", "CLIP_VISION",
+            "An image encoder (CLIP, SigLIP, DINOv2) as the eye in place of a model; sigma, blocks and seed are not used.", optional=True,
+        ),
     )
     OUTPUTS = (
         Output("FLOAT", "distance", "0 for equal pictures; mean over the batch."),
@@ -66,29 +69,49 @@ class RectiflowFeatureDistance(Node):
         Output("IMAGE", "map", "Where the model sees a difference: black none, pale yellow the most."),
     )
 
-    def run(self, image, reference, sigma, blocks, seed, model=None, vae=None, conditioning=None, mask=None):
+    def run(self, image, reference, sigma, blocks, seed, model=None, vae=None, conditioning=None, mask=None, clip_vision=None):
         import torch
 
-        from ..metrics.features import TokenDistances, parse_blocks
         from ..metrics.fidelity import picture_pair, region_weights
         from ..metrics.heat_map import heat_map
 
-        chosen = parse_blocks(blocks, self.TITLE)
         pictures, references = (batch.float() for batch in picture_pair(_colours(image), _colours(reference), self.TITLE))
         size = tuple(pictures.shape[1:3])
         weights = None if mask is None else region_weights(mask, len(pictures), size, self.TITLE)
-        model, vae, conditioning = self._models(model, vae, conditioning)
-        latent = vae.encode(torch.cat([pictures, references]))
-        ratio = vae.spacial_compression_decode()
-        if tuple(side * ratio for side in latent.shape[-2:]) != size:
-            got = f"{size[1]}×{size[0]} pixels"
-            raise input_error(self.TITLE, "image", got, "sides that the VAE encodes whole", "Crop both pictures to multiples of 16 pixels.")
-        distances = TokenDistances(chosen, len(pictures))
-        self._measure(model, conditioning, latent, sigma, seed, distances)
-        found = distances.summary(tuple(latent.shape[-2:]), weights, self.TITLE)
+        given = {"model": model, "vae": vae, "conditioning": conditioning}
+        if clip_vision is None:
+            distances, cells = self._by_model(pictures, references, sigma, blocks, seed, given)
+        else:
+            distances, cells = self._by_encoder(pictures, references, clip_vision, given)
+        found = distances.summary(cells, weights, self.TITLE)
         colours, scale = heat_map(found.maps)
         enlarged = torch.nn.functional.interpolate(colours.movedim(-1, 1), size=size, mode="nearest").movedim(1, -1)
         return (float(found.each.mean()), f"{found.table()}\nmap: pale yellow is {scale:.4f}", enlarged)
+
+    def _by_model(self, pictures, references, sigma, blocks, seed, given):
+        """Distances in the blocks of a flow transformer, and the size of its latents."""
+        import torch
+
+        from ..metrics.features import TokenDistances, parse_blocks
+
+        chosen = parse_blocks(blocks, self.TITLE)
+        model, vae, conditioning = self._models(**given)
+        latent = vae.encode(torch.cat([pictures, references]))
+        ratio, (height, width) = vae.spacial_compression_decode(), pictures.shape[1:3]
+        if tuple(side * ratio for side in latent.shape[-2:]) != (height, width):
+            got = f"{width}×{height} pixels"
+            raise input_error(self.TITLE, "image", got, "sides that the VAE encodes whole", "Crop both pictures to multiples of 16 pixels.")
+        distances = TokenDistances(chosen, len(pictures))
+        self._measure(model, conditioning, latent, sigma, seed, distances)
+        return distances, tuple(latent.shape[-2:])
+
+    def _by_encoder(self, pictures, references, clip_vision, given):
+        from ..metrics.features import vision_distances
+
+        both = next((name for name, value in given.items() if value is not None), None)
+        if both is not None:
+            raise input_error(self.TITLE, both, "a link beside clip_vision", "one eye: a model or an image encoder", "Unlink one of them.")
+        return vision_distances(clip_vision, pictures, references, self.TITLE)
 
     def _models(self, model, vae, conditioning):
         given = {"model": model, "vae": vae, "conditioning": conditioning}

@@ -222,6 +222,31 @@ class RectiflowClipVisionScore(Node):
         return (ClipVisionScore(clip_vision, reference),)
 
 
+class RectiflowClassScore(Node):
+    """Scores how sure a classifier is of one class: the log-probability of the wanted example among all of them."""
+
+    TITLE = "Class Score"
+    GROUP = GROUP
+    SEARCH_ALIASES = ["classifier guidance", "prototype", "nearest mean", "zero shot"]
+    INPUTS = (
+        socket("examples", "IMAGE", "A batch of pictures, one of each class."),
+        integer("wanted", 1, 1, 1000, "Which of the examples shows the wanted class, counted from 1."),
+        number("temperature", 0.01, 0.0001, 1.0,
+            "How much distance counts as doubt. Small: only the nearest example counts; large: all classes stay likely.", step=0.001,
+        ),
+        number("other", 0.02, 0.0, 2.0, "Distance beyond which a picture is none of the classes; about 0.02 for pixels, 0.3 for CLIP."),
+        socket("clip_vision", "CLIP_VISION",
+            "Tells classes by content and style. Without it pictures are compared at 16×16 pixels, by colour and place.", optional=True,
+        ),
+    )
+    OUTPUTS = (Output("FLOW_SCORE", "score", "For Flow Score Cost."),)
+
+    def run(self, examples, wanted: int, temperature: float, other: float, clip_vision=None):
+        from ..samplers.scores import ClassScore
+
+        return (ClassScore(examples[..., :3], wanted - 1, temperature, other, clip_vision),)
+
+
 class RectiflowSumCosts(Node):
     """Adds up to four costs; each keeps its own weight and schedule."""
 

@@ -26,6 +26,8 @@ __all__ = [
     "sample_uni_inv",
 ]
 
+SAME_SIGMA = 1e-6  # sigmas are float32, sigma_start was typed
+
 
 @torch.no_grad()
 def sample_uni_inv(model, x, sigmas, extra_args=None, callback=None, disable=None):
@@ -150,13 +152,24 @@ class LatentNoise:
     Args:
         samples: `(b, c, …)` in model space.
         sigma_start: the sigma at which the latent was left; the host multiplies noise by it again.
+        sigmas: the schedule that samples from it, where it is known.
+
+    Raises:
+        NodeInputError: sigma_start is no sigma above 0, or sigmas do not fall from there.
     """
 
     seed = 0
 
-    def __init__(self, samples: torch.Tensor, sigma_start: float = 1.0):
+    def __init__(self, samples: torch.Tensor, sigma_start: float = 1.0, sigmas: torch.Tensor | None = None):
         if not 0 < sigma_start <= 1:
             raise input_error("NoiseFromLatent", "sigma_start", sigma_start, "above 0, at most 1", "Use the last sigma of the inversion.")
+        if sigmas is not None:
+            falling = check_sigmas(sigmas, "NoiseFromLatent")
+            falls = len(falling) > 1 and bool((falling[1:] < falling[:-1]).all())
+            if not falls or abs(float(falling[0]) - sigma_start) > SAME_SIGMA:
+                got = f"{len(falling)} values from {float(falling[0]) if len(falling) else 0:g}"
+                remedy = "Connect sampling_sigmas of Flow Inversion Sigmas, and set sigma_start to its sigma_end."
+                raise input_error("NoiseFromLatent", "sigmas", got, f"values that fall from sigma_start, {sigma_start:g}", remedy)
         self.samples = samples.detach().float().cpu() / sigma_start
 
     def generate_noise(self, latent: dict[str, Any]) -> torch.Tensor:

@@ -113,6 +113,15 @@ NOTES = {
         "Only brightness is known; the model finds colours that give it. The last picture adds a wish: rather blue in the masked "
         "part. Change the colour, **beta** of **Flow Score Cost** (too much burns), or the **noise_seed**."
     ),
+    "steering_class": (
+        "No prompt at all: a classifier of two examples says which picture comes out. Put other pictures in the place of the examples, or "
+        "change **beta** (how hard) and **sigma_lo** (until when) of **Flow Score Cost**. A CLIP encoder, linked to **Class Score**, tells "
+        "classes by what they show."
+    ),
+    "distil_to_one_step": (
+        "Twelve guided pictures and their noises teach a LoRA to jump from noise to picture in one call; the noise shown is not among "
+        "them. Raise **count** of the pairs and **steps** of **Train** for sharper jumps, and change its **name** to begin anew."
+    ),
     "outpaint_around_a_mask": (
         "Two masks become one: the border and the eyes are drawn anew, the rest is given. Change **operation** to difference or "
         "intersection, **spatial_ratio** of the border, or **resample**: 0 is faster and shows seams."
@@ -183,9 +192,9 @@ NOTES = {
         "Change **What it shall show**, and describe your own picture in **What the picture shows**."
     ),
     "editing_methods": (
-        "Six methods edit one picture at about 56 model calls each; the figure is the likeness to the picture, the table has costs. "
-        "Change the lines of **methods**: RF-Edit keeps more with more inject_steps, FlowEdit with more skip, RF-Inversion with a "
-        "late end."
+        "Six methods edit one picture at about 56 model calls each; the figure is the likeness of the background, the table has costs. "
+        "Change the lines of **methods**: RF-Edit keeps more with more inject_steps, FlowEdit with more skip, RF-Inversion with a later "
+        "end. Only KV-Edit is told by the mask what may change."
     ),
     "learn_depth": (
         "Every choice of two among five single blocks gets a chance to stay, learnt in 24 steps; three of nine blocks go, then 20 "

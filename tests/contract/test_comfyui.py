@@ -24,7 +24,8 @@ ROUNDED_TOLERANCE = 2e-2  # root mean square over the latent's own
 ROUNDING = {"RectiflowQuantize", "RectiflowLoadCompressed"}
 SAMPLED_CLASSES = {"KSampler": 0, "SamplerCustom": 0, "SamplerCustomAdvanced": 0, "RectiflowEditCompare": 0, "RectiflowModelCompare": 3}
 SECONDS_IN_PICTURES = {"RectiflowModelCompare"}  # captions that no two runs have alike; the latents are compared
-SAMPLING_INSIDE = {"RectiflowSolverCompare"}  # these hand out pictures only, so the pictures are what is compared
+# These hand out pictures only, so the pictures are what is compared.
+SAMPLING_INSIDE = {"RectiflowFlowStraightness", "RectiflowSolverCompare"}
 
 
 @pytest.fixture(scope="module")

@@ -19,8 +19,7 @@ SIZES = {
 }
 
 ROOM = {"samplers", "schedules", "inversion", "editing", "steering", "guidance", "masks", "predictions", "metrics", "pictures"}
-# No CLIP image encoder ships; pairs are for training.
-WITHOUT_GRAPH = {"RectiflowClipVisionScore", "RectiflowFlowPairGenerator", "RectiflowFlowPairsLoad"}
+WITHOUT_GRAPH = {"RectiflowClipVisionScore"}  # no CLIP image encoder ships
 
 
 @pytest.fixture(scope="module")

@@ -125,6 +125,41 @@ def test_what_cannot_be_compared_is_refused(tiny, changed, message):
         distance(tiny, **inputs)
 
 
+class Encoder:
+    """A CLIP_VISION by ComfyUI 0.3.64's protocol: a class token and 4×4 tokens, each the colours of its square of the squeezed picture."""
+
+    def __init__(self, tokens: int = 17):
+        self.tokens = tokens
+
+    def encode_image(self, image, crop=True):
+        assert not crop
+        squares = torch.nn.functional.adaptive_avg_pool2d(image.movedim(-1, 1), 4).flatten(2).movedim(1, 2)  # (b, 16, 3)
+        first = torch.ones(len(image), self.tokens - 16, 3) * torch.rand(len(image), 1, 3)  # must not count
+        return {"penultimate_hidden_states": torch.cat([first, squares], 1)}
+
+
+def test_an_image_encoder_may_be_the_eye(tiny):
+    cat, changed = tiny.picture(), tiny.picture().clone()
+    changed[:, :16, :16] = torch.tensor([1.0, 0.0, 0.0])  # one of sixteen squares, white before
+    found, report, shown = distance(tiny, torch.cat([cat, changed]), cat, clip_vision=Encoder())
+    red = torch.tensor([1.0, 0.0, 0.0])
+    expected = 1 - float(torch.cosine_similarity(cat[0, :16, :16].mean((0, 1)), red, dim=0))
+    assert found == pytest.approx(expected / 16 / 2, abs=1e-4) and expected > 0.3
+    assert report.splitlines()[0].split() == ["layer:-2", "0.0000", f"{expected / 16:.4f}"]
+    assert shown.shape == (2, 64, 64, 3) and float(shown[0].max()) < 0.05
+    corner = torch.zeros(1, 64, 64)
+    corner[:, :16, :16] = 1
+    assert distance(tiny, changed, cat, clip_vision=Encoder(), mask=corner)[0] == pytest.approx(expected, abs=1e-4)
+    assert distance(tiny, changed, cat, clip_vision=Encoder(16), mask=1 - corner)[0] == pytest.approx(0, abs=1e-6)
+
+
+def test_encoders_that_cannot_be_the_eye(tiny):
+    with pytest.raises(NodeInputError, match="'clip_vision'.*18 tokens"):
+        distance(tiny, tiny.picture(), tiny.picture(), clip_vision=Encoder(18))
+    with pytest.raises(NodeInputError, match="'model'.*one eye"):
+        distance(tiny, tiny.picture(), tiny.picture(), clip_vision=Encoder(), model=tiny.model)
+
+
 def measured_family(metrics_host, family: str, blocks: str) -> TokenDistances:
     """One measuring call on a small random model of another family; pictures are latents here, 16 channels of 6×8 cells."""
     from rectiflow.host.embedded import sd, use_host

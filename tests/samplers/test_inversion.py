@@ -193,3 +193,16 @@ def test_slerp_as_a_batch():
     ((row,), (one,)) = (RectiflowNoiseSlerp().execute(a=a, b=b, t=0.5, count=count) for count in (3, 1))
     assert row["samples"].shape[0] == 3 and torch.equal(row["samples"][1:2], one["samples"])
     assert torch.allclose(row["samples"][0], a["samples"][0]) and torch.allclose(row["samples"][2], b["samples"][0])
+
+
+@pytest.mark.parametrize("sigmas", [
+    torch.linspace(0.9, 0, 5),  # from another sigma
+    torch.linspace(0, 1, 5),  # the inversion's own direction
+    torch.tensor([1.0, 0.5, 0.5, 0.0]),
+    torch.zeros(0),
+])
+def test_noise_from_a_latent_refuses_a_schedule_that_does_not_fall_from_there(sigmas):
+    with pytest.raises(NodeInputError, match="NoiseFromLatent: input 'sigmas'.*fall from sigma_start, 1"):
+        LatentNoise(LATENT, 1.0, sigmas)
+    rising = inversion_sigmas(torch.linspace(1, 0, 5), sigma_end=0.7)
+    assert torch.equal(LatentNoise(LATENT, 0.7, sampling_sigmas(rising)).samples, LATENT / 0.7)

@@ -9,7 +9,7 @@ import torch
 from rectiflow.errors import NodeInputError
 from rectiflow.samplers.costs import CostPart, LatentMeasurement, LatentSpace, PixelDecoder, PixelMeasurement, Score
 from rectiflow.samplers.operators import Blur, Downsample, Grayscale, Identity, Mask, gaussian_kernel
-from rectiflow.samplers.scores import ClipVisionScore, ColourScore
+from rectiflow.samplers.scores import ClassScore, ClipVisionScore, ColourScore
 from rectiflow.samplers.solvers import sample_euler
 from rectiflow.samplers.steering import sample_flowchef
 from rectiflow.tests.samplers.flows import GaussianFlow, MixtureFlow
@@ -308,6 +308,36 @@ def test_clip_vision_scores_have_gradients_and_their_models_loaded():
     assert (["clip", None], 300) in loaded  # encoder and decoder together, with the memory of one picture of the two
     measured = score.prepared(lambda patchers: None)
     assert (measured(pixels(codec, out)) > measured(pixels(codec, plain)) + 0.05).all()
+
+
+@pytest.mark.parametrize("index", [0, 2])
+def test_a_class_score_is_the_log_probability_of_the_nearest_example(index):
+    """Closed form: examples of one grey each, so that every distance is a difference of greys squared."""
+    greys, seen = torch.tensor([0.2, 0.5, 0.9]), torch.tensor([0.25, 0.6])
+    examples = greys.reshape(3, 1, 1, 1).expand(3, 32, 48, 3)
+    score = ClassScore(examples, index, 0.05, 0.03).prepared(lambda patchers: pytest.fail("nothing to load"))
+    found = score(seen.reshape(2, 1, 1, 1).expand(2, 40, 40, 3))
+    distances = torch.cat([(seen[:, None] - greys) ** 2, torch.full((2, 1), 0.03)], 1)
+    torch.testing.assert_close(found, (-distances / 0.05).log_softmax(1)[:, index])
+
+
+def test_class_scores_by_an_encoder_rise_and_need_a_class_that_is_there():
+    torch.manual_seed(0)
+    with torch.inference_mode():
+        clip = SimpleNamespace(
+            model=Encoder(), patcher="clip", load_device=torch.device("cpu"), image_size=8, image_mean=[0.5] * 3, image_std=[0.3] * 3
+        )
+        examples = torch.rand(2, 12, 12, 3)
+    codec = Codec()
+    plain = sample_euler(GaussianFlow(), NOISE, DOWN)
+    for index in (0, 1):
+        score = ClassScore(examples, index, 0.5, 0.3, clip)
+        measured = score.prepared(lambda patchers: None)
+        with torch.inference_mode():
+            out = run(Score(score, decoder(codec)), beta=0.1)
+        assert (measured(pixels(codec, out)) > measured(pixels(codec, plain))).all()
+    with pytest.raises(NodeInputError, match="Class Score: input 'wanted'.*1 to 2"):
+        ClassScore(examples, 2)
 
 
 # Refusals.
