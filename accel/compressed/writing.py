@@ -26,6 +26,7 @@ from ..modules import NETWORK, own_weight, seen_modules
 from ..prune.apply import SkipBlock, plan_of
 from ..prune.compact import NarrowWeights
 from ..prune.identity import model_hash, original_module
+from ..prune.students import StudentBlock
 from ..quant.linear import QuantLinear, factors, product
 from .manifest import DTYPES, METADATA, TENSOR, LayerFormat, Manifest, core_marker
 
@@ -54,7 +55,8 @@ def compressed_tensors(
     widest = max((t for t in plain.values() if t.is_floating_point()), key=torch.Tensor.numel, default=torch.zeros(0))
     chosen = DTYPES.get(dtype, widest.dtype)
     named = next((name for name, value in DTYPES.items() if value == chosen), "float32")
-    formats = {name: form_of for name, (form_of, _) in layers.items()}
+    written = _student_names(model, modules, where)
+    formats = {written(name): form_of for name, (form_of, _) in layers.items()}
     manifest = _manifest(model, modules, formats, base, named)
     _check_form(model, form, manifest, where)
     tensors = {name: weight.to(chosen) if weight.is_floating_point() else weight for name, weight in plain.items()}
@@ -66,10 +68,31 @@ def compressed_tensors(
             key = f"{NETWORK}{name}.bias"
             parts = {**parts, "bias": changed(key, own_weight(model, name, modules[name], "bias").float()).to(chosen)}
         tensors |= {f"{name}.{part}": tensor for part, tensor in parts.items()}
-    placed = {FILE_PREFIX + manifest.numbering.stored(name): tensor for name, tensor in tensors.items()}
+    placed = {FILE_PREFIX + manifest.numbering.stored(written(name)): tensor for name, tensor in tensors.items()}
     if form != "rectiflow":
         return placed, {}, manifest
     return placed | {TENSOR: manifest.tensor()}, {METADATA: manifest.text()}, manifest
+
+
+def _student_names(model: Any, modules: Mapping[str, nn.Module], where: str) -> Callable[[str], str]:
+    """Name in the network → name in the file: a student of a run is written as the block that it stands for.
+
+    Raises: NodeInputError for one that is built otherwise than that block, which no loader could place.
+    """
+    students = [name for name, module in modules.items() if isinstance(module, StudentBlock)]
+    for name in students:
+        ours, theirs = (
+            {key: value.shape for key, value in block.named_parameters()} for block in (modules[name].student, original_module(model, name))
+        )
+        if ours.keys() != theirs.keys():
+            allowed = "students built as the first block of their run is"
+            raise input_error(where, "model", f"a student of another kind at {name}", allowed, "Distill the runs with init first.")
+
+    def written(name: str) -> str:
+        owner = next((student for student in students if name.startswith(f"{student}.student.")), None)
+        return name if owner is None else owner + name[len(owner) + len(".student") :]
+
+    return written
 
 
 def _check_form(model: Any, form: str, manifest: Manifest, where: str) -> None:

@@ -6,9 +6,12 @@ import json
 
 import pytest
 import torch
-from rectiflow.accel.prune.apply import plan_of
+from rectiflow.accel.prune.apply import plan_of, stack_under
+from rectiflow.accel.prune.identity import model_hash
+from rectiflow.accel.prune.plan import PrunePlan, Run
 from rectiflow.errors import NodeInputError
 from rectiflow.host.embedded import sd
+from rectiflow.nodes.compressed_files import RectiflowLoadCompressed, RectiflowSaveCompressed
 from rectiflow.nodes.depth import (
     RectiflowApplyRuns,
     RectiflowDepthPruneLearn,
@@ -89,6 +92,21 @@ def test_bad_ranges_and_names_are_refused(made):
             model=model, positive=conditioning(5), latent={"samples": torch.zeros(1, 16, 4, 4)}, double_pattern="1:2", single_pattern="",
             protect="", name="../depth", **RUN, **SHOWN,
         )  # fmt: skip
+
+
+def test_students_are_saved_as_the_blocks_they_stand_for(tiny):
+    """The file loads as a pruned model and draws the same latent bit for bit."""
+    stack = stack_under(tiny.model, "test")
+    plan = PrunePlan(stack.family, model_hash(tiny.model), stack.counts, {}, (Run("single_blocks", 1, 3),))
+    base = {"positive": tiny.conditioning("noto cat on white"), "latent": {"samples": torch.zeros(1, 16, 8, 8)}, **SHOWN}
+    distil = {"lr": 1e-3, "init": "middle", "loss": "dir_mse", "own_share": 0.0, "name": "tiny runs"}
+    with torch.inference_mode():
+        made, _, _, _ = RectiflowDistillRuns().execute(model=tiny.model, plan=plan.to_json(), **distil, **{**base, **RUN, "steps": 1})
+        model, _ = RectiflowApplyRuns().execute(model=tiny.model, plan=made, active_runs="all", start_percent=0.0, end_percent=1.0)
+        saved = RectiflowSaveCompressed().execute(model=model, filename_prefix="runs/tiny", format="rectiflow", dtype="same")
+        loaded = RectiflowLoadCompressed().execute(path=saved[0] if isinstance(saved, tuple) else saved["result"][0])
+    latents = [tiny.sample("noto cat on white", tiny.noise([1]), model=each, steps=2) for each in (model, loaded[0])]
+    assert torch.equal(*latents)
 
 
 def test_a_finished_run_is_not_repeated_and_an_unknown_one_is_new(made):
