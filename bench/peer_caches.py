@@ -38,13 +38,19 @@ class Picture:
     """What is drawn: noise (1, c, h, w) and the two conditions, each text (1, n, d) and pooled (1, e)."""
 
     prompt: str
+    seed: int
     noise: torch.Tensor
     positive: tuple[torch.Tensor, torch.Tensor]
     negative: tuple[torch.Tensor, torch.Tensor]
 
+    @property
+    def name(self) -> str:
+        return f"{self.prompt}, seed {self.seed}"
+
 
 class Run(NamedTuple):
-    """seconds: of the sampling alone; calls: evaluations of the network's middle, of `asked`; kept: bytes held after the last step."""
+    """seconds: of the processor, for the sampling alone; calls: evaluations of the network's middle, of `asked`; kept: bytes held after the
+    last step."""
 
     latent: torch.Tensor
     seconds: float
@@ -116,11 +122,11 @@ class _OnDiffusers:
             )
             return plain + GUIDANCE * (guided - plain)
 
-        before, start = self.calls.count, time.perf_counter()
+        before, start = self.calls.count, time.process_time()
         try:
             with torch.inference_mode():
                 latent = euler(velocity, picture.noise, sigmas)
-            seconds = time.perf_counter() - start
+            seconds = time.process_time() - start
             kept = held_bytes(known | {latent.untyped_storage().data_ptr()}) if weigh else 0
         finally:
             if setting is not None:
@@ -159,9 +165,9 @@ class Diffusers(_OnDiffusers):
                 threshold=threshold, max_skip_steps=longest, num_inference_steps=steps, mag_ratios=self.ratios[steps]
             )
 
-        first = [Setting("FirstBlockCache", f"{t:g}", FirstBlockCacheConfig(t)) for t in (0.08, 0.12, 0.16, 0.2, 0.3, 0.4)]
-        taylor = [Setting("TaylorSeerCache", f"{n}", TaylorSeerCacheConfig(n, max_order=1)) for n in (2, 5)]
-        lite = [Setting("TaylorSeerCache lite", f"{n}", TaylorSeerCacheConfig(n, max_order=1, use_lite_mode=True)) for n in (1, 2, 3, 5)]
+        first = [Setting("FirstBlockCache", f"{t:g}", FirstBlockCacheConfig(t)) for t in (0.08, 0.12, 0.2, 0.4)]
+        taylor = [Setting("TaylorSeerCache", f"{n}", TaylorSeerCacheConfig(n, max_order=1)) for n in (2,)]
+        lite = [Setting("TaylorSeerCache lite", f"{n}", TaylorSeerCacheConfig(n, max_order=1, use_lite_mode=True)) for n in (2, 3, 5)]
         ratio = [Setting("MagCache", f"{t:g}, {k}", magnitude(t, k)) for t, k in ((0.06, 3), (0.12, 3), (0.24, 5), (0.5, 5), (1.0, 7))]
         return first + taylor + lite + ratio
 

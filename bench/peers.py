@@ -1,13 +1,15 @@
-"""Measure our caches beside those that people use: `python bench/peers.py [--prompts 16] [--seeds 2] [--steps 28 50]`.
+"""Measure our caches beside those that people use: `python bench/peers.py [--prompts 16] [--seeds 2] [--steps 28 50] [--raw FILE]`.
 
 One model, one set of weights, one machine, one run: the tiny model on our host, and the same network in diffusers (bench/diffusers_flux.py)
-under diffusers' FirstBlockCache, TaylorSeerCache and MagCache and under cache-dit's DBCache. With COMFYUI_PATH (and COMFYUI_PYTHON) also
-ComfyUI's EasyCache and LazyCache, and ours inside ComfyUI. Needs `pip install diffusers==0.42.1 cache-dit==1.5.3`.
+under diffusers' FirstBlockCache, TaylorSeerCache and MagCache and under cache-dit's DBCache. With COMFYUI_PATH (and COMFYUI_PYTHON)
+also ComfyUI's EasyCache and LazyCache, and ours inside ComfyUI. Needs `pip install diffusers==0.42.1 cache-dit==1.5.3`, which are no
+requirement of the pack: put them into a virtual environment of their own.
 
-Pictures are drawn one by one, Euler, guidance 3, and every cache in turn on each picture. Writes bench/results/peers_<steps>.csv, a row a
-setting: wall-clock ratio to the same engine without a cache (median over pictures, quartiles), PSNR, SSIM and feature distance to that
-engine's uncached picture (mean and worst), evaluations made, bytes kept; and bench/results/peers_<steps>_at_ratio.csv: the PSNR of each
-family of settings at 1.5×, 2× and 3×, read off its own curve.
+Pictures are drawn one by one, Euler, guidance 3, and every cache in turn on each picture. Times are the processor's (OMP_NUM_THREADS=1
+makes them those of one thread), which other work on the machine hardly disturbs. Writes bench/results/peers_<steps>.csv, a row a setting:
+time ratio to the same engine without a cache (median over pictures, quartiles), PSNR, SSIM and feature distance to that engine's uncached
+picture (mean and worst), evaluations made, bytes kept; and bench/results/peers_<steps>_at_ratio.csv: the PSNR of each family of settings at
+1.5×, 2× and 3×, read off its own curve. --raw keeps what was measured a picture, and goes on behind the last one that is in it.
 """
 
 from __future__ import annotations
@@ -20,7 +22,8 @@ import os
 import statistics
 import sys
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from pathlib import Path
+from typing import NamedTuple
 
 import torch
 from our_caches import Ours
@@ -42,15 +45,21 @@ RATIOS = (1.5, 2.0, 3.0)
 AXES = (8, 28, 28)
 
 
-@dataclass
-class Taken:
-    """All runs of one setting."""
+class Taken(NamedTuple):
+    """One picture under one setting. ratio: plain seconds over the setting's; calls of asked; kept: bytes."""
 
-    runs: list[Run] = field(default_factory=list)
-    ratios: list[float] = field(default_factory=list)
-    psnr: list[float] = field(default_factory=list)
-    ssim: list[float] = field(default_factory=list)
-    features: list[float] = field(default_factory=list)
+    steps: int
+    picture: str
+    engine: str
+    family: str
+    value: str
+    ratio: float
+    psnr: float
+    ssim: float
+    features: float
+    calls: int
+    asked: int
+    kept: int
 
 
 class InComfyUI:
@@ -89,7 +98,7 @@ class Bench:
         return tokens, extra["pooled_output"]
 
     def picture(self, prompt: str, seed: int) -> Picture:
-        return Picture(prompt, prepare_noise(torch.zeros(1, 16, 16, 16), seed), self._condition(prompt), self.negative)
+        return Picture(prompt, seed, prepare_noise(torch.zeros(1, 16, 16, 16), seed), self._condition(prompt), self.negative)
 
     def sigmas(self, steps: int) -> list[float]:
         return calculate_sigmas(self.model.get_model_object("model_sampling"), "simple", steps).tolist()
@@ -105,7 +114,9 @@ class Bench:
         }
         return {**engines, "ComfyUI": InComfyUI()} if os.environ.get("COMFYUI_PATH") else engines
 
-    def measure(self, engine, settings: Sequence[Setting], picture: Picture, sigmas: Sequence[float], taken: dict, weigh: bool) -> None:
+    def measure(
+        self, name: str, engine, settings: Sequence[Setting], picture: Picture, sigmas: Sequence[float], weigh: bool
+    ) -> list[Taken]:
         """One picture through every setting, between two plain runs that its ratios are to."""
         first = engine.run(None, picture, sigmas)
         runs = [engine.run(setting, picture, sigmas) for setting in settings]
@@ -115,18 +126,20 @@ class Bench:
         images = self.vae.decode(torch.cat([run.latent for run in runs]))
         reference = self.vae.decode(first.latent)
         decibels, similar = psnr(images, reference, where="bench"), ssim(images, reference, where="bench")
+        found = []
         for i, (setting, run) in enumerate(zip(settings, runs)):
-            entry = taken.setdefault((setting.family, setting.value), Taken())
-            entry.runs.append(run)
-            entry.ratios.append(plain / run.seconds)
-            entry.psnr.append(min(float(decibels[i]), 99.0))  # equal pictures are infinitely near; 99 keeps the means finite
-            entry.ssim.append(float(similar[i]))
-            found = self.feature_distance(image=images[i : i + 1], reference=reference, sigma=0.2, blocks="double:1-2, single:0-2", seed=0)
-            entry.features.append(found[0])
+            asked = {"image": images[i : i + 1], "reference": reference, "sigma": 0.2, "blocks": "double:1-2, single:0-2", "seed": 0}
+            away = self.feature_distance(**asked)[0]
+            near = min(float(decibels[i]), 99.0)  # equal pictures are infinitely near; 99 keeps the means finite
+            found.append(Taken(
+                len(sigmas) - 1, picture.name, name, setting.family, setting.value, plain / run.seconds, near, float(similar[i]), away,
+                run.calls, run.asked, run.kept,
+            ))  # fmt: skip
+        return found
 
 
 def at_ratio(points: Sequence[tuple[float, float]], wanted: float) -> float | None:
-    """PSNR at a wall-clock ratio, between its neighbours on a family's curve; settings slower and farther than another are no part."""
+    """PSNR at a ratio of times, between its neighbours on a family's curve; settings slower and farther than another are no part."""
     best: list[tuple[float, float]] = []
     for ratio, decibels in sorted(points, reverse=True):
         if not best or decibels > best[-1][1]:
@@ -139,19 +152,21 @@ def at_ratio(points: Sequence[tuple[float, float]], wanted: float) -> float | No
     return best[0][1] if best and best[0][0] >= wanted else None
 
 
-def summary(engine: str, steps: int, setting: Setting, taken: Taken) -> list:
-    low, middle, high = statistics.quantiles(taken.ratios, n=4) if len(taken.ratios) > 1 else taken.ratios * 3
-    calls = statistics.mean(run.calls for run in taken.runs)
+def summary(taken: Sequence[Taken]) -> list:
+    """The row of one setting."""
+    first, ratios = taken[0], [one.ratio for one in taken]
+    low, middle, high = statistics.quantiles(ratios, n=4) if len(ratios) > 1 else ratios * 3
+    decibels, similar, away = ([getattr(one, name) for one in taken] for name in ("psnr", "ssim", "features"))
     return [
-        steps, engine, setting.family, setting.value, f"{middle:.3f}", f"{low:.3f}", f"{high:.3f}",
-        f"{statistics.mean(taken.psnr):.2f}", f"{min(taken.psnr):.2f}", f"{statistics.mean(taken.ssim):.4f}", f"{min(taken.ssim):.4f}",
-        f"{statistics.mean(taken.features):.4f}", f"{max(taken.features):.4f}", f"{calls:.1f}", taken.runs[0].asked,
-        max(run.kept for run in taken.runs) >> 10, len(taken.runs),
+        first.steps, first.engine, first.family, first.value, f"{middle:.3f}", f"{low:.3f}", f"{high:.3f}",
+        f"{statistics.mean(decibels):.2f}", f"{min(decibels):.2f}", f"{statistics.mean(similar):.4f}", f"{min(similar):.4f}",
+        f"{statistics.mean(away):.4f}", f"{max(away):.4f}", f"{statistics.mean(one.calls for one in taken):.1f}", first.asked,
+        max(one.kept for one in taken) >> 10, len(taken),
     ]  # fmt: skip
 
 
 HEADER = (
-    "steps engine family value wall_ratio ratio_q1 ratio_q3 psnr_mean psnr_worst ssim_mean ssim_worst features_mean features_worst "
+    "steps engine family value time_ratio ratio_q1 ratio_q3 psnr_mean psnr_worst ssim_mean ssim_worst features_mean features_worst "
     "evaluations of kept_kib pictures"
 ).split()
 
@@ -162,13 +177,14 @@ def main() -> None:
     parser.add_argument("--seeds", type=int, default=2)
     parser.add_argument("--steps", type=int, nargs="+", default=[28, 50])
     parser.add_argument("--engines", nargs="+", default=None, help="only these, for a quick look; nothing is written then")
+    parser.add_argument("--raw", type=Path, default=None, help="JSON lines, a measured picture and setting each")
     arguments = parser.parse_args()
     logging.disable(logging.WARNING)  # cache-dit reports every hook it sets
     bench = Bench()
     engines = {name: engine for name, engine in bench.engines().items() if arguments.engines is None or name in arguments.engines}
-    pictures = [bench.picture(prompt, 1 + seed) for prompt in PROMPTS[: arguments.prompts] for seed in range(arguments.seeds)]
+    pictures = [bench.picture(prompt, 1 + seed) for seed in range(arguments.seeds) for prompt in PROMPTS[: arguments.prompts]]
     for steps in arguments.steps:
-        rows, curves = compare(bench, engines, pictures, steps)
+        rows, curves = tables(compare(bench, engines, pictures, steps, arguments.raw))
         version = engines["ComfyUI"].version if "ComfyUI" in engines else ""
         write = write_table if arguments.engines is None else show
         write(f"peers_{steps}", HEADER, rows, version)
@@ -177,28 +193,46 @@ def main() -> None:
         engines["ComfyUI"].close()
 
 
-def compare(bench: Bench, engines: dict, pictures: Sequence[Picture], steps: int) -> tuple[list, list]:
-    """(rows of settings, rows of families at the wanted ratios)"""
-    sigmas = bench.sigmas(steps)
-    if "diffusers" in engines:
+def compare(bench: Bench, engines: dict, pictures: Sequence[Picture], steps: int, raw: Path | None) -> list[Taken]:
+    """Every picture through every engine and setting."""
+    sigmas, lines = bench.sigmas(steps), raw.read_text().splitlines() if raw is not None and raw.exists() else []
+    taken = [one for one in (Taken(*json.loads(line)) for line in lines) if one.steps == steps and one.engine in engines]
+    done = {one.picture for one in taken}
+    missing = [picture for picture in pictures if picture.name not in done]
+    settings: dict[str, list[Setting]] = {}
+    if missing and "diffusers" in engines:
         engines["diffusers"].calibrate(bench.picture("noto dog on white", 0), sigmas)
-    settings = {name: engine.settings(steps) if name == "rectiflow" else engine.settings() for name, engine in engines.items()}
-    taken: dict[str, dict[tuple[str, str], Taken]] = {name: {} for name in engines}
-    for number, picture in enumerate(pictures):
+    if missing:
+        settings = {name: engine.settings(steps) if name == "rectiflow" else engine.settings() for name, engine in engines.items()}
+    for picture in missing:
+        found = []
         for name, engine in engines.items():
             engine.run(None, picture, sigmas[:3])  # warm
-            bench.measure(engine, settings[name], picture, sigmas, taken[name], weigh=number == 0 and name != "ComfyUI")
-        print(f"{steps} steps, picture {number + 1} of {len(pictures)}", file=sys.stderr, flush=True)
-    rows, curves = [], []
-    for name in engines:
-        families: dict[str, list[tuple[float, float]]] = {}
-        for setting in settings[name]:
-            row = summary(name, steps, setting, taken[name][setting.family, setting.value])
-            rows.append(row)
-            families.setdefault(setting.family, []).append((float(row[4]), float(row[7])))
-        for family, points in families.items():
-            found = [at_ratio(points, ratio) for ratio in RATIOS]
-            curves.append([steps, name, family, *("" if value is None else f"{value:.1f}" for value in found)])
+            found += bench.measure(name, engine, settings[name], picture, sigmas, weigh=not taken and name != "ComfyUI")
+        taken += found
+        if raw is not None:
+            with raw.open("a") as file:
+                file.writelines(json.dumps(one) + "\n" for one in found)
+        print(f"{steps} steps, {picture.name}", file=sys.stderr, flush=True)
+    return taken
+
+
+def tables(taken: Sequence[Taken]) -> tuple[list, list]:
+    """(rows of settings, rows of families at the wanted ratios); a setting that skips nothing is no point of its family's curve."""
+    settings: dict[tuple, list[Taken]] = {}
+    for one in taken:
+        settings.setdefault((one.engine, one.family, one.value), []).append(one)
+    rows, families = [], {}
+    for (engine, family, _), group in settings.items():
+        row = summary(group)
+        rows.append(row)
+        points = families.setdefault((engine, family), [])
+        if float(row[13]) < row[14]:
+            points.append((float(row[4]), float(row[7])))
+    curves = []
+    for (engine, family), points in families.items():
+        found = [at_ratio(points, ratio) for ratio in RATIOS]
+        curves.append([taken[0].steps, engine, family, *("" if value is None else f"{value:.1f}" for value in found)])
     return rows, curves
 
 

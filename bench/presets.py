@@ -1,9 +1,10 @@
 """Measure and write a preset of Accelerate: `python bench/presets.py [--steps 28] [--pictures 8]`. Writes accel/cache/presets/flux.json and
 bench/results/presets.csv.
 
-Schedules are found on four prompts of the tiny model, whose blocks are those of Flux, for each target, order and budget; each is used on
-held-out prompts and seeds. A preset keeps, of every target and budget, the order with the highest mean PSNR. `--other-steps` then spreads
-each kept point over runs of other lengths, beside even steps of the same number and order.
+Schedules are found on four prompts of the tiny model, whose blocks are those of Flux, for each target and budget, with errors of the guided
+velocity, amplified weights and fitted forecasts; each is used on held-out prompts and seeds, beside what order 0 and order 1 without a fit
+would give. A preset keeps the fitted one of every target and budget, whose cost is the lowest by construction: the held-out prompts choose
+nothing. `--other-steps` then spreads each kept point over runs of other lengths, beside even steps of the same number and order.
 """
 
 from __future__ import annotations
@@ -35,18 +36,17 @@ HEADER = [
 def kept_points(bench: Bench, plain: torch.Tensor, prompts, steps: int, target: str, add) -> list[dict]:
     recording, found = bench.record(target, steps), []
     for ratio in RATIOS:
-        budget, tried = budget_of(ratio, steps), []
-        for order in (0, 1):
-            schedule = search_schedule(recording, SearchOptions(budget, order), "bench").schedule
+        budget = budget_of(ratio, steps)
+        for order, fitted in ((0, False), (1, False), (1, True)):
+            options = SearchOptions(budget, order, metric="guided", weights="amplified", fitted=fitted)
+            schedule = search_schedule(recording, options, "bench").schedule
             figures = bench.figures(CachePlan(ScheduledCache.of(schedule), target, schedule=schedule), plain, prompts, steps)
-            tried.append((float(figures[2]), order, schedule, figures))
-        best = max(tried, key=lambda one: one[0])
-        for one in tried:
-            add(steps, steps, target, one[1], "searched", *one[3], f"{one[2].cost:.4f}", int(one is best))
-        _, order, schedule, figures = best
+            name = "searched and fitted" if fitted else "searched"
+            add(steps, steps, target, order, name, *figures, f"{schedule.cost:.4f}", int(fitted))
         found.append({
             "ratio": round(steps / budget, 3), "psnr": float(figures[2]), "psnr_worst": float(figures[3]), "policy": "schedule",
-            "target": target, "settings": {"order": order}, "shares": [round(step / steps, 5) for step in schedule.computed],
+            "target": target, "settings": {"order": schedule.order}, "shares": [round(step / steps, 5) for step in schedule.computed],
+            **({"reach": list(schedule.reach)} if schedule.reach else {}),
         })  # fmt: skip
     return found
 
@@ -56,7 +56,7 @@ def spread_over(bench: Bench, points: list[dict], prompts, made_for: int, steps:
     plain = bench.sample(bench.model, prompts, 1, steps)
     for point in points:
         order, speed, target = point["settings"]["order"], point["ratio"], point["target"]
-        schedule = SpreadSchedule(tuple(point["shares"]), speed, made_for)
+        schedule = SpreadSchedule(tuple(point["shares"]), speed, made_for, tuple(point.get("reach", ())))
         plan = CachePlan(SpreadCache(order, speed=speed), target, Limits(), schedule=schedule)
         add(steps, made_for, target, order, "spread", *bench.figures(plan, plain, prompts, steps), "", "")
         log = CacheLog()

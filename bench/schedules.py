@@ -29,7 +29,7 @@ from table import write_csv
 LEARN = ("noto watermelon on blue", "twemoji rocket on black", "noto dog on white", "twemoji apple on green")
 HELD_OUT = (
     "noto cat on blue", "noto fox on green", "twemoji bee on black", "noto pizza on white",
-    "twemoji car on blue", "noto house on green", "noto rabbit on black", "twemoji flower on white",
+    "twemoji car on blue", "noto house on green", "noto rabbit on black", "twemoji owl on white",
 )  # fmt: skip
 BUDGETS = (0.25, 0.35, 0.5)
 HEADER = [
@@ -59,7 +59,7 @@ class Bench:
             return guider.sample(noise, torch.zeros_like(noise), sampler_object("euler"), sigmas, disable_pbar=True, seed=0)
 
     def record(self, target: str, steps: int):
-        policy = recorder(self.model, target, "", RecordOptions())
+        policy = recorder(self.model, target, "", RecordOptions(tokens=256, probes=6))
         self.sample(attach(self.model, CachePlan(policy, target), CacheLog(), "bench"), LEARN, 100, steps)
         return policy.recording
 

@@ -69,6 +69,9 @@ class RectiflowScheduleSearch(Node):
         integer("max_skips", 0, 0, 1000, "At most so many steps in a row are forecast; 0 for any number.", advanced=True),
         integer("first_steps", 1, 1, 1000, "Steps at the start that are computed in any case.", advanced=True),
         integer("last_steps", 0, 0, 1000, "Steps at the end that are computed in any case.", advanced=True),
+        boolean("fitted", True, "For order 1: how far each forecast goes along its line is fitted to the recording; off: all the way.",
+            optional=True,
+        ),
     )
     OUTPUTS = (
         Output("STRING", "schedule", "For Schedule Cache: a text that can be kept in a workflow."),
@@ -77,15 +80,17 @@ class RectiflowScheduleSearch(Node):
         Output("IMAGE", "costs", "What each number of computed steps would cost."),
     )
 
-    def run(self, recording, after, budget, compute_ratio, order, metric, weights, max_skips, first_steps, last_steps):
+    def run(
+        self, recording, after, budget, compute_ratio, order, metric, weights, max_skips, first_steps, last_steps, fitted=True,
+    ):  # fmt: skip
         from ..accel.cache.schedule_search import SearchOptions, search_schedule
         from ..accel.cache.schedule_sheet import cost_chart, schedule_table, step_chart
 
         steps = recording.whole_runs(self.TITLE)[-1].steps
         budget = budget or max(1, round(compute_ratio * steps))
         options = SearchOptions(
-            budget, order, metric=metric, weights=weights, longest=max_skips, first=first_steps, last=last_steps
-        )
+            budget, order, metric=metric, weights=weights, longest=max_skips, first=first_steps, last=last_steps, fitted=fitted,
+        )  # fmt: skip
         found = search_schedule(recording, options, self.TITLE)
         return (found.schedule.json(), schedule_table(found), step_chart(found), cost_chart(found))
 

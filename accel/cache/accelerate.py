@@ -63,7 +63,7 @@ def _plan(point: Point, preset: Preset, speed: float) -> CachePlan:
     """A measured schedule is stretched to the very speed; intervals stay those of the point."""
     settings = point.settings
     if point.policy == "schedule":
-        schedule = SpreadSchedule(point.shares, speed, preset.steps)
+        schedule = SpreadSchedule(point.shares, speed, preset.steps, point.reach)
         return CachePlan(SpreadCache(settings["order"], speed=speed), point.target, schedule=schedule)
     policy = TaylorSeer(settings["order"], interval=settings["interval"])
     return CachePlan(policy, point.target, Limits(settings["warmup_steps"], settings["tail_steps"]))
@@ -83,18 +83,21 @@ def _figures(preset: Preset, point: Point, speed: float, name: str) -> list[str]
 
 
 def calibrated(model: Any, recording: Recording, speed: float, where: str) -> Chosen:
-    """Searched on a recording of the user's model, for its steps and target; of orders 0 and 1 the cheaper one.
+    """Searched on a recording of the user's model, for its steps and target: forecasts fitted to it, weighed by what the recording knows.
 
     Raises: NodeInputError for a recording without a whole run, and speeds from 1 to 4 that are none.
     """
     if not 1.0 <= speed <= MOST_SPEED:
         raise input_error(where, "speed", speed, f"1 to {MOST_SPEED:g}", "1 is off, 2 computes half of the steps.")
-    steps = recording.whole_runs(where)[-1].steps
-    budget = budget_of(speed, steps)
-    found = min((search_schedule(recording, SearchOptions(budget, order), where) for order in (0, 1)), key=lambda one: one.schedule.cost)
+    runs = recording.whole_runs(where)
+    metric = "guided" if all(len(run.guided) == run.steps for run in runs) else "rel_l2"
+    weights = "amplified" if any(run.amplification for run in runs) else "dsigma"
+    options = SearchOptions(budget_of(speed, runs[-1].steps), 1, metric=metric, weights=weights, fitted=True)
+    found = search_schedule(recording, options, where)
     schedule = found.schedule
     gain = f", {schedule.cost / schedule.even_cost:.0%} of the error of even steps" if schedule.even_cost > 0 else ""
-    head = f"speed {speed:g}: searched on {found.pictures} recorded pictures, {schedule.line()}, order {schedule.order}{gain}"
+    how = f"{metric} errors, weights {weights}, fitted forecasts"
+    head = f"speed {speed:g}: searched on {found.pictures} recorded pictures, {schedule.line()}, {how}{gain}"
     return _replay(model, schedule, head)
 
 

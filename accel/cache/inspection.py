@@ -5,7 +5,10 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
+from ...errors import NodeInputError
 from ...families.arch import ArchSpec, arch_spec
+from ...families.decoupled import decoupled_spec
+from ...families.gated import gated_modules
 
 __all__ = ["Inspection", "inspect_model"]
 
@@ -13,25 +16,29 @@ __all__ = ["Inspection", "inspect_model"]
 @dataclass(frozen=True)
 class Inspection:
     """name: class of the transformer; latent: (c, h, w) of one picture; width: of a token, 0 if unknown; patch: latent cells along a
-    token's side, 0 if unknown."""
+    token's side, 0 if unknown; modules: attentions and MLPs that can be kept one by one, 0 for families without; encoder: whether a
+    condition a token is handed to a decoder."""
 
     name: str
     arch: ArchSpec | None
     latent: tuple[int, int, int]
     width: int
     patch: int
+    modules: int = 0
+    encoder: bool = False
 
     @property
     def targets(self) -> tuple[str, ...]:
-        return ("output",) if self.arch is None else ("output", "last_block", "block_delta")
+        blocks = () if self.arch is None else ("last_block", "block_delta")
+        return ("output", *blocks, *("modules",) * bool(self.modules), *("condition",) * self.encoder)
 
     def bytes_per_factor(self, target: str) -> int | None:
         """Of one condition and one picture, in float32; None where the token size is not known. A forecast of order m keeps m + 1."""
         channels, height, width = self.latent
         if target == "output":
             return 4 * channels * height * width
-        if not self.width or not self.patch:
-            return None
+        if not self.width or not self.patch or target in ("modules", "condition"):
+            return None  # modules depend on the text's length
         return 4 * self.width * -(-height // self.patch) * -(-width // self.patch)
 
     def text(self) -> str:
@@ -45,7 +52,8 @@ class Inspection:
         for target in self.targets:
             size = self.bytes_per_factor(target)
             weight = "size not known before sampling" if size is None else f"{size / 2**20:.3f} MiB a factor, picture and condition (fp32)"
-            lines.append(f"{target}: {weight}")
+            count = f"{self.modules} outputs of attention and MLP, " if target == "modules" else ""
+            lines.append(f"{target}: {count}{weight}")
         return "\n".join(lines)
 
 
@@ -61,4 +69,14 @@ def inspect_model(model: Any, width: int, height: int) -> Inspection:
     token = next((int(getattr(network, name)) for name in ("hidden_size", "dim", "inner_dim") if hasattr(network, name)), 0)
     patch = getattr(network, "patch_size", 0)
     patch = int(patch[-1] if isinstance(patch, (tuple, list)) else patch)
-    return Inspection(type(network).__name__, arch_spec(network), (channels, height // cell, width // cell), token, patch)
+    arch, latent = arch_spec(network), (channels, height // cell, width // cell)
+    encoder = decoupled_spec(network) is not None
+    return Inspection(type(network).__name__, arch, latent, token, patch, _module_count(network, arch), encoder)
+
+
+def _module_count(network: Any, arch: ArchSpec | None) -> int:
+    try:
+        streams = gated_modules(network, arch, "Cache Inspect")
+    except NodeInputError:  # the family's blocks are built otherwise, which is what is asked here
+        return 0
+    return sum(len(stream.modules) for block in streams.values() for stream in block)

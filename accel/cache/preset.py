@@ -13,6 +13,7 @@ A preset is one JSON file in presets/:
         target         last_block or output
         settings       order, and for "taylor" interval, warmup_steps and tail_steps
         shares         for "schedule": rising, from 0, below 1
+        reach          for "schedule" of order 1, optional: of every step of the run how far its forecast goes (schedule_search.py)
 
 bench/presets.py measures and writes them.
 """
@@ -45,6 +46,7 @@ class Point:
     target: str
     settings: dict[str, int]
     shares: tuple[float, ...] = ()
+    reach: tuple[float, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -93,13 +95,13 @@ def read_preset(text: str, name: str) -> Preset:
             raise ValueError(f"{name}: {field} is not a {kind.__name__}")
     if not data["points"]:
         raise ValueError(f"{name}: no points")
-    points = tuple(_point(entry, f"{name}, point {number}") for number, entry in enumerate(data["points"]))
+    points = tuple(_point(entry, data["steps"], f"{name}, point {number}") for number, entry in enumerate(data["points"]))
     if any(point.policy == "schedule" for point in points) and data["steps"] < 2:
         raise ValueError(f"{name}: schedules without the steps of their runs")
     return Preset(data["family"], data["measured_on"], data["steps"], points)
 
 
-def _point(entry: Any, where: str) -> Point:
+def _point(entry: Any, steps: int, where: str) -> Point:
     if not isinstance(entry, dict) or entry.get("policy") not in SETTINGS or entry.get("target") not in ("last_block", "output"):
         raise ValueError(f"{where}: policy is one of {', '.join(SETTINGS)}, target last_block or output")
     if not (_is_number(entry.get("ratio")) and 1.0 <= entry["ratio"] <= MOST_SPEED):
@@ -118,9 +120,13 @@ def _point(entry: Any, where: str) -> Point:
         rising = isinstance(shares, list) and all(map(_is_number, shares)) and all(a < b for a, b in zip(shares, shares[1:]))
         if not rising or not shares or shares[0] != 0 or shares[-1] >= 1:
             raise ValueError(f"{where}: shares do not rise from 0 to below 1")
+    reach = entry.get("reach", [])
+    if not isinstance(reach, list) or len(reach) not in (0, steps) or not all(_is_number(one) and 0 <= one <= 4 for one in reach):
+        raise ValueError(f"{where}: reach is neither absent nor {steps} numbers from 0 to 4")
     return Point(
-        float(entry["ratio"]), entry.get("psnr"), entry.get("psnr_worst"), entry["policy"], entry["target"], dict(settings), tuple(shares)
-    )
+        float(entry["ratio"]), entry.get("psnr"), entry.get("psnr_worst"), entry["policy"], entry["target"], dict(settings), tuple(shares),
+        tuple(reach),
+    )  # fmt: skip
 
 
 def _is_number(value: object) -> bool:

@@ -31,7 +31,8 @@ class CacheSchedule:
     """sigmas: one more than steps. computed: rising step numbers from 0. order, basis, axis: of the forecast it was made for.
 
     target, blocks: what was recorded, "" for any. family: of the model, "" for any. metric: the error that was summed. cost: its sum;
-    even_cost: of as many steps at even distances.
+    even_cost: of as many steps at even distances. reach: of every step, how far its forecast goes along the line of order 1, 1 for all of
+    it; empty for 1 throughout.
     """
 
     sigmas: tuple[float, ...]
@@ -45,6 +46,7 @@ class CacheSchedule:
     metric: str = ""
     cost: float = 0.0
     even_cost: float = 0.0
+    reach: tuple[float, ...] = ()
 
     @property
     def steps(self) -> int:
@@ -71,6 +73,11 @@ class CacheSchedule:
         if len(facts.sigmas) == len(self.sigmas) and all(abs(a - b) < SAME_END for a, b in zip(facts.sigmas, self.sigmas)):
             return ""
         return f"the schedule was made for {self.steps} steps on other sigmas; this run has {facts.steps}, matched by nearest sigma"
+
+    def reach_for(self, facts: RunFacts) -> tuple[float, ...]:
+        """Of every step of a run, the reach of the nearest step in sigma that has one; empty for 1 throughout."""
+        own = [(self.sigmas[step], reach) for step, reach in enumerate(self.reach) if step not in self.computed]
+        return tuple(min(own, key=lambda one: abs(one[0] - sigma))[1] for sigma in facts.sigmas[:-1]) if own else ()
 
     def json(self) -> str:
         data = {"rectiflow_schedule": VERSION, "mask": self.mask, **asdict(self)}
@@ -136,8 +143,8 @@ def read_schedule(text: str, where: str, input_name: str = "schedule") -> CacheS
 
 def _settings(data: dict, where: str, input_name: str) -> dict[str, Any]:
     """The fields beside sigmas and mask; those that are missing keep their defaults."""
-    found = {}
-    for declared in fields(CacheSchedule)[2:]:
+    found = {"reach": _reach(data.get("reach", []), len(data["sigmas"]) - 1, where, input_name)}
+    for declared in fields(CacheSchedule)[2:-1]:
         value = data.get(declared.name, declared.default)
         number = isinstance(declared.default, float)
         if not (_is_number(value) if number else type(value) is type(declared.default)) or (isinstance(value, str) and len(value) > 200):
@@ -148,6 +155,12 @@ def _settings(data: dict, where: str, input_name: str) -> dict[str, Any]:
         if found[name] not in allowed:
             raise _unreadable(where, input_name, found[name], f"{name}: {', '.join(map(str, allowed))}")
     return found
+
+
+def _reach(value: object, steps: int, where: str, input_name: str) -> tuple[float, ...]:
+    if not isinstance(value, list) or len(value) not in (0, steps) or not all(_is_number(reach) and 0 <= reach <= 4 for reach in value):
+        raise _unreadable(where, input_name, value, f"reach: nothing, or {steps} numbers from 0 to 4")
+    return tuple(float(reach) for reach in value)
 
 
 def _unreadable(where: str, input_name: str, got: object, allowed: str):

@@ -12,6 +12,9 @@ is multiplied by |σ_{l+1} − σ_l|, the length of the step that uses it. `cosi
                   absolute error counts alike wherever the velocity is small or large
     amplified     weights |σ_{l+1} − σ_l|·A_l with A_l measured (amplification.py): the sum is then, to first order, a bound of the change
                   of the final latent itself
+    fitted        for order 1, how far each forecast goes along its line: F(s₀) + r_l·(s − s₀)·(F(s₀) − F(s₁))/(s₀ − s₁) with the r_l of
+                  least squares over the recording, a number a step. r = 0 is repetition and r = 1 the line, so a plan costs no more
+                  than under either, and the search chooses plans by what they cost with their own r
 
 Errors are those along the uncached run. A cached run leaves that path, so a searched cost is an estimate; bench/schedules.py measures what
 it is worth on other prompts.
@@ -36,12 +39,16 @@ __all__ = ["METRICS", "ForecastCosts", "SearchOptions", "SearchResult", "search_
 
 METRICS = ("rel_l1", "rel_l2", "cosine", "guided")
 WEIGHTS = ("none", "dsigma", "amplified")
+MOST_REACH = 2.0  # twice the line: beyond it a recording says that the path turned, which another picture may not do
 MOST_STEPS = 200  # tables of lines hold steps³ numbers, and the work grows as steps³·budget
 
 
 @dataclass(frozen=True)
 class SearchOptions:
-    """budget: steps to compute. longest: most steps forecast in a row, 0 for any. first, last: steps at the ends that are computed."""
+    """budget: steps to compute. longest: most steps forecast in a row, 0 for any. first, last: steps at the ends that are computed.
+
+    fitted: see the head of this file; orders other than 1 have no such number.
+    """
 
     budget: int
     order: int = 1
@@ -52,6 +59,7 @@ class SearchOptions:
     longest: int = 0
     first: int = 1
     last: int = 0
+    fitted: bool = False
 
     def forced(self, steps: int) -> tuple[int, ...]:
         return (*range(self.first), *range(steps - self.last, steps))
@@ -101,15 +109,36 @@ class ForecastCosts:
     def errors(self, history: Sequence[int], steps: range) -> Tensor:
         """(len(steps),) float64, the error of each step served from the computed steps of `history`, rising."""
         mix = self._mix(history, steps)  # (l, k)
-        used = list(history)
+        if self.fits(history):
+            reach = self.reach(history, steps).to(mix)
+            mix = mix * reach[:, None]
+            mix[:, -1] += 1 - reach
         total = torch.zeros(len(steps), dtype=torch.float64)
         for conditions in self.pictures:
             found = []
             for trace in conditions:
-                known, exact = trace[used].float(), trace[steps.start : steps.stop].float()
+                known, exact = trace[list(history)].float(), trace[steps.start : steps.stop].float()
                 found.append(error_of(torch.einsum("lk,knc->lnc", mix, known), exact, self.options.metric))
             total += torch.stack(found).amax(0)
         return total / len(self.pictures)
+
+    def fits(self, history: Sequence[int]) -> bool:
+        return self.options.fitted and self.options.order == 1 and len(history) == 2
+
+    def reach(self, history: Sequence[int], steps: range) -> Tensor:
+        """(len(steps),) float64, r of each step served along the line through the two steps of `history`."""
+        mix = self._mix(history, steps)
+        mix[:, -1] -= 1  # from the latest computed step on
+        along, square = torch.zeros(len(steps), dtype=torch.float64), torch.zeros(len(steps), dtype=torch.float64)
+        for conditions in self.pictures:
+            for trace in conditions:
+                known, exact = trace[list(history)].float(), trace[steps.start : steps.stop].float()
+                line = torch.einsum("lk,knc->lnc", mix, known).flatten(1)
+                wanted, norm = (exact - known[-1]).flatten(1), exact.flatten(1).square().sum(1)
+                scale = 1.0 if self.options.metric == "guided" else 1 / norm.clamp_min(torch.finfo(norm.dtype).tiny)
+                along += (line * wanted).sum(1) * scale
+                square += line.square().sum(1) * scale
+        return torch.where(square > 0, along / square, 1.0).clamp(0.0, MOST_REACH)
 
     def reuse_gaps(self) -> Tensor:
         """(T, T + 1), see gap_costs: from the latest computed step alone."""
@@ -144,6 +173,14 @@ class ForecastCosts:
                 history = computed[max(0, k - self.options.order) : k + 1]
                 found[inner.start : inner.stop] = (self.errors(history, inner) * self.step_weights[inner.start : inner.stop]).tolist()
         return tuple(found)
+
+    def reaches(self, computed: Sequence[int]) -> tuple[float, ...]:
+        """r of every step under a plan, 1 where none is fitted; empty where no step has one."""
+        found = [1.0] * self.steps
+        for j, i, end in zip(computed, computed[1:], (*computed[2:], self.steps)):
+            if self.fits((j, i)) and end - i > 1:
+                found[i + 1 : end] = [round(float(reach), 4) for reach in self.reach((j, i), range(i + 1, end))]
+        return tuple(found) if self.options.fitted and self.options.order == 1 else ()
 
     def _mix(self, history: Sequence[int], steps: range) -> Tensor:
         """(len(steps), len(history)): the share of each computed step in each forecast; forecasts are linear in what they keep."""
@@ -183,7 +220,7 @@ def search_schedule(recording: Recording, options: SearchOptions, where: str) ->
     even = tuple(plan_cost(even_steps(steps, budget), steps, costs.gap) for budget in range(1, steps + 1))
     schedule = CacheSchedule(
         sigmas, plan.computed, options.order, options.basis, options.axis, recording.target, recording.blocks, recording.family,
-        options.metric, plan.cost, even[options.budget - 1],
+        options.metric, plan.cost, even[options.budget - 1], costs.reaches(plan.computed),
     )  # fmt: skip
     found = [found.cost for found in plans]
     found[options.budget - 1] = plan.cost

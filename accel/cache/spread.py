@@ -43,11 +43,12 @@ def spread(shares: Sequence[float], steps: int, budget: int) -> tuple[int, ...]:
 
 @dataclass(frozen=True)
 class SpreadSchedule:
-    """The schedule of a CachePlan. made_for: steps of the run that was searched."""
+    """The schedule of a CachePlan. made_for: steps of the run that was searched. reach: of each of them, see CacheSchedule; or empty."""
 
     shares: tuple[float, ...]
     speed: float
     made_for: int
+    reach: tuple[float, ...] = ()
 
     def steps_for(self, facts: RunFacts) -> frozenset[int]:
         if not facts.steps:
@@ -56,6 +57,15 @@ class SpreadSchedule:
         if facts.sigmas[0] < facts.sigmas[-1]:
             return frozenset(even_steps(facts.steps, budget))
         return frozenset(spread(self.shares, facts.steps, budget))
+
+    def reach_for(self, facts: RunFacts) -> tuple[float, ...]:
+        """Of every step of a run, that of the nearest forecast step at the same share of the searched run; rising sigmas have none."""
+        if not self.reach or facts.sigmas[0] < facts.sigmas[-1]:
+            return ()
+        computed = {round(share * self.made_for) for share in self.shares}
+        own = [(step / self.made_for, reach) for step, reach in enumerate(self.reach) if step not in computed]
+        shares = [step / facts.steps for step in range(facts.steps)]
+        return tuple(min(own, key=lambda one: abs(one[0] - share))[1] for share in shares) if own else ()
 
     def note(self, facts: RunFacts) -> str:
         if facts.steps and facts.sigmas[0] < facts.sigmas[-1]:

@@ -106,11 +106,18 @@ class FeatureStore:
         entry.seen = visit
         self.peak = max(self.peak, self.nbytes)
 
-    def forecast(self, key: Key, position: float, visit: int, device: torch.device, part: str = "") -> list[torch.Tensor]:
-        """Each feature of one condition in float32, in new memory; only after `has`."""
+    def forecast(
+        self, key: Key, position: float, visit: int, device: torch.device, part: str = "", reach: float = 1.0
+    ) -> list[torch.Tensor]:
+        """Each feature of one condition in float32, in new memory; only after `has`. reach: share of the way from the latest anchor to
+        `position` that the forecast goes."""
         entry = self._entries[key]
         entry.seen = visit
-        return [ladder.predict(position, device) for ladder in entry.ladders[part]]
+        found = []
+        for ladder in entry.ladders[part]:
+            place = position if reach == 1.0 else ladder.positions[0] + reach * (position - ladder.positions[0])
+            found.append(ladder.predict(place, device))
+        return found
 
     def last(self, key: Key, device: torch.device, part: str = "") -> list[torch.Tensor]:
         """The latest anchor of each feature in float32, in new memory; only after `has`."""

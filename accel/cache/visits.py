@@ -42,6 +42,10 @@ class Schedule(Protocol):
         """How the run differs from the one it was made for, in words; an empty string where it does not."""
         ...
 
+    def reach_for(self, facts: RunFacts) -> Sequence[float]:
+        """Of every step of the run, the share of its distance from the latest computed step that an order 1 forecast goes; empty: all."""
+        ...
+
 
 @dataclass(frozen=True)
 class CachePlan:
@@ -92,6 +96,7 @@ class Run:
         self.store = FeatureStore(plan.policy.order, plan.policy.basis, plan.store, self.probe.order if self.probe else 0)
         self.record = RunRecord(plan.policy.line(), target.name, self.clock.steps)
         self.scheduled = None if plan.schedule is None else plan.schedule.steps_for(facts)
+        self.reach = () if plan.schedule is None or self.probe is not None else plan.schedule.reach_for(facts)
         if plan.schedule is not None and (remark := plan.schedule.note(facts)):
             self.record.note(remark)
         self.inside = False
@@ -189,8 +194,11 @@ class Run:
         return self._visit.u if self.policy.axis == "step" else self._visit.sigma
 
     def _forecasts(self, batch: _Batch, part: str) -> Features:
-        device = batch.call.x.device
-        found = [self.store.forecast(key, self._position(), self._visit.index, device, part) for key in batch.keys]
+        device, position = batch.call.x.device, self._position()
+        reach = 1.0
+        if self.reach and self.store.order == 1:
+            reach = self.reach[min(int(self._visit.u + BETWEEN_STEPS), len(self.reach) - 1)]  # a solver may ask at the very end
+        found = [self.store.forecast(key, position, self._visit.index, device, part, reach) for key in batch.keys]
         return tuple(torch.cat(feature) for feature in zip(*found))
 
     def _measured(self, batch: _Batch, read: torch.Tensor) -> list[float]:

@@ -64,6 +64,15 @@ def test_rising_sigmas_take_even_steps_and_say_so():
     assert SpreadSchedule((0.0,), 2.0, 8).note(falling) == ""
 
 
+def test_a_fitted_reach_is_spread_with_its_steps():
+    schedule = SpreadSchedule((0.0, 0.25), 2.0, 4, (1.0, 1.0, 0.5, 0.25))
+    falling = tuple(1 - i / 8 for i in range(9))
+    assert schedule.reach_for(RunFacts(falling[::2], "output", None, "test"))[2:] == (0.5, 0.25)
+    assert schedule.reach_for(RunFacts(falling, "output", None, "test"))[4:] == (0.5, 0.5, 0.25, 0.25)
+    assert schedule.reach_for(RunFacts(falling[::-1], "output", None, "test")) == ()
+    assert SpreadSchedule((0.0, 0.25), 2.0, 4).reach_for(RunFacts(falling, "output", None, "test")) == ()
+
+
 def test_presets_ship_for_flux_and_for_all_others():
     presets = shipped_presets()
     assert {"", "Flux"} <= presets.keys() and not presets[""].measured_on and presets["Flux"].measured_on
@@ -93,6 +102,7 @@ WRONG_POINTS = [
     ({"policy": "magic"}, "policy"), ({"target": "input"}, "target"), ({"ratio": 0.5}, "ratio"), ({"ratio": True}, "ratio"),
     ({"psnr": "high"}, "psnr"), ({"settings": {}}, "settings"), ({"settings": {"order": 9}}, "order"), ({"shares": []}, "shares"),
     ({"shares": [0, 0.5, 0.5]}, "shares"), ({"shares": [0.1, 0.5]}, "shares"), ({"shares": [0, 1.0]}, "shares"),
+    ({"reach": [0.5]}, "reach"), ({"reach": [5.0] * 4}, "reach"),
 ]  # fmt: skip
 
 

@@ -24,7 +24,9 @@ def test_bytes_told_beforehand_are_the_bytes_kept(tiny, cached):
 def test_inspection_names_family_blocks_and_targets(tiny):
     (text,) = NODES["RectiflowCacheInspect"]().execute(model=tiny.model, width=64, height=64)
     assert "Flux" in text and "double:0-" in text and "text before the image" in text
-    assert all(f"{target}: " in text for target in ("output", "last_block", "block_delta"))
+    assert all(f"{target}: " in text for target in ("output", "last_block", "block_delta", "modules")) and "condition: " not in text
+    network = tiny.model.model.diffusion_model
+    assert f"{4 * len(network.double_blocks) + len(network.single_blocks)} outputs of attention and MLP" in text
 
 
 def test_the_timeline_shows_each_visit_in_its_colour():

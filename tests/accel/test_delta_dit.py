@@ -148,3 +148,69 @@ def test_the_node_samples_and_reports(tiny):
     plain = tiny.sample(PROMPT, tiny.noise([1]), steps=STEPS)
     assert 0 < float((latent - plain).norm() / plain.norm()) < 0.5
     assert "Δ-DiT order 0, every 2, 75% of the blocks: rear, in the last 60% front" in log.last.text() and log.last.hit_ratio == 0.5
+
+
+def watched(model, seen: list, block=None):
+    """A clone of `model` whose blocks note the image tokens that enter them, a list a step; block(i, img, sigma) stands for block i."""
+    clone, network = model.clone(), model.model.diffusion_model
+    keys = [(kind, i) for kind in ("double_block", "single_block") for i in range(len(getattr(network, kind + "s")))]
+
+    def noting(number, kind):
+        def patch(args, extra):
+            sigma = float(args["transformer_options"]["sigmas"][0])
+            text = 0 if kind == "double_block" else args["img"].shape[1] - 64
+            if number == 0:
+                seen.append([])
+            seen[-1].append(args["img"][:, text:].clone())
+            if block is None:
+                return extra["original_block"](args)
+            return {**{name: args[name] for name in ("txt",) if name in args}, "img": block(number, args["img"], sigma)}
+
+        return patch
+
+    for number, (kind, i) in enumerate(keys):
+        clone.set_model_patch_replace(noting(number, kind), "dit", kind, i)
+    return clone
+
+
+def test_the_error_on_linear_blocks_is_the_closed_form(tiny):
+    """Blocks h ← h + a·h + u_i(σ), all left out at the second step: ((1 + a)^L − 1)·(h₀ − h₀') + Σ (1 + a)^(L−1−i)·(u_i − u_i')."""
+    a, last = 0.1, []
+    network = tiny.model.model.diffusion_model
+    count = len(network.double_blocks) + len(network.single_blocks)
+
+    def block(i, img, sigma):
+        return img + a * img + (i + 1) * sigma**2
+
+    handle = network.final_layer.register_forward_pre_hook(lambda module, args: last.append(args[0].clone()))
+    try:
+        seen: list = []
+        model = watched(tiny.model, seen, block)
+        tiny.sample(PROMPT, tiny.noise([1]), model=model, steps=3, cfg=1.0)
+        plain, last[:] = list(last), []
+        entered = [step[0] for step in seen]
+        run(tiny, DeltaDiT(interval=2, early="all", late="all"), model=model, steps=3, cfg=1.0)
+    finally:
+        handle.remove()
+    from rectiflow.host import calculate_sigmas
+
+    sigmas = calculate_sigmas(tiny.model.get_model_object("model_sampling"), "simple", 3)
+    grown = ((1 + a) ** count - 1) * (entered[1] - entered[0])
+    added = sum((1 + a) ** (count - 1 - i) * (i + 1) * float(sigmas[1] ** 2 - sigmas[0] ** 2) for i in range(count))
+    torch.testing.assert_close(plain[1] - last[1], grown + added, atol=1e-4, rtol=1e-5)  # tokens up to 20: a few roundings of float32
+    assert float((plain[1] - last[1]).abs().max()) > 0.1
+
+
+def test_an_offset_is_nearer_than_the_raw_tokens_for_front_and_middle_ranges(tiny):
+    """What is put back one step later, over eight seeds: what entered now plus the offset, or the tokens that left then. Of a range that
+    ends the stack nothing is presumed."""
+    seen: list = []
+    tiny.sample([PROMPT] * 8, tiny.noise(range(8)), model=watched(tiny.model, seen), steps=6, cfg=1.0)
+    count = len(seen[0])
+    for start, end in ((0, count // 2), (count // 4, count - count // 4)):
+        raw = delta = 0.0
+        for before, now in zip(seen, seen[1:]):
+            left = (before[end], now[end])
+            raw = raw + (left[1] - left[0]).flatten(1).norm(dim=1)
+            delta = delta + (left[1] - now[start] - (left[0] - before[start])).flatten(1).norm(dim=1)
+        assert bool((delta < raw).all()), (start, end)

@@ -7,6 +7,7 @@ import random
 from dataclasses import replace
 
 import pytest
+from rectiflow.accel.cache.policy import RunFacts
 from rectiflow.accel.cache.schedule import CacheSchedule, computed_steps, manual_schedule, read_schedule, steps_of_text
 from rectiflow.errors import NodeInputError
 
@@ -16,6 +17,8 @@ GOOD = CacheSchedule(SIGMAS, (0, 3, 6), 1, "newton", "step", "last_block", "", "
 
 def test_a_schedule_is_what_its_text_says():
     assert read_schedule(GOOD.json(), "test") == GOOD and GOOD.mask == "10010010"
+    fitted = replace(GOOD, reach=(1.0, 0.5, 0.25, 1.0, 0.5, 0.5, 1.0, 1.5))
+    assert read_schedule(fitted.json(), "test") == fitted
     bare = json.dumps({"rectiflow_schedule": 1, "mask": "10", "sigmas": [1, 0.5, 0]})
     assert read_schedule(bare, "test") == CacheSchedule((1.0, 0.5, 0.0), (0,))
 
@@ -28,7 +31,8 @@ BAD = {
     "no sigmas": {"sigmas": []}, "sigmas in words": {"sigmas": ["1"] * 9}, "huge sigmas": {"sigmas": [10**400] + [0] * 8},
     "too many sigmas": {"sigmas": [0.5] * 5000}, "order 9": {"order": 9}, "order true": {"order": True}, "order 1.5": {"order": 1.5},
     "another basis": {"basis": "fourier"}, "another axis": {"axis": "time"}, "a family of numbers": {"family": 7},
-    "a long family": {"family": "x" * 10_000}, "a cost in words": {"cost": "low"},
+    "a long family": {"family": "x" * 10_000}, "a cost in words": {"cost": "low"}, "a reach of another length": {"reach": [1.0]},
+    "a reach that is far": {"reach": [9.0] * 8}, "a reach in words": {"reach": "1"}, "a reach below 0": {"reach": [-1] * 8},
 }  # fmt: skip
 
 
@@ -105,3 +109,13 @@ def test_a_schedule_by_hand_serves_any_family_and_needs_a_schedule_of_sigmas():
     for sigmas in ([1.0], [], [1, 0.2, 0.5], [1, float("nan"), 0], [1] * 3000):
         with pytest.raises(NodeInputError, match="input 'sigmas'"):
             manual_schedule("every 3", sigmas, "test")
+
+
+def test_a_run_takes_the_reach_of_the_nearest_forecast_step():
+    reach = (1.0, 0.5, 0.25, 1.0, 0.6, 0.7, 1.0, 1.5)
+    fitted = replace(GOOD, reach=reach)
+    own = RunFacts(SIGMAS, "last_block", None, "test")
+    assert fitted.reach_for(own) == (0.5, 0.5, 0.25, 0.25, 0.6, 0.7, 0.7, 1.5), "computed steps, which ask for none, have a neighbour's"
+    assert GOOD.reach_for(own) == ()
+    longer = RunFacts(tuple(1 - i / 16 for i in range(17)), "last_block", None, "test")
+    assert len(fitted.reach_for(longer)) == 16 and fitted.reach_for(longer)[4] == 0.25

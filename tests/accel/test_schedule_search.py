@@ -16,10 +16,12 @@ from rectiflow.accel.cache.schedule_search import SearchOptions, search_schedule
 from rectiflow.accel.cache.scheduled import ScheduledCache
 from rectiflow.accel.cache.search import even_steps
 from rectiflow.accel.cache.store import Key
+from rectiflow.accel.cache.targets import Call
 from rectiflow.accel.cache.taylor import TaylorSeer
-from rectiflow.accel.cache.visits import CachePlan
+from rectiflow.accel.cache.visits import CachePlan, Run
 from rectiflow.errors import NodeInputError
 from rectiflow.nodes import NODE_CLASS_MAPPINGS as NODES
+from rectiflow.tests.accel.toy_stack import ToyStack
 
 PROMPT = "noto cat on blue"
 STEPS = 8
@@ -73,6 +75,31 @@ def test_a_parabola_costs_nothing_at_order_two():
     trace = (1 + steps + 0.3 * steps**2)[:, None, None, None] * torch.ones(12, 1, 4, 3)
     costs = [search_schedule(recording_of(trace), SearchOptions(4, order, last=0), "test").schedule.cost for order in range(3)]
     assert costs[0] > costs[1] > 0.1 and costs[2] < 1e-4
+
+
+def test_a_fitted_forecast_costs_no_more_than_repetition_or_a_line(bend):
+    """One picture and condition: least squares is the least of this very error, for every number of computed steps."""
+    plain = [search_schedule(bend, SearchOptions(4, order), "test").costs for order in (0, 1)]
+    fitted = search_schedule(bend, SearchOptions(4, 1, fitted=True), "test")
+    assert all(cost <= min(others) + 1e-9 for cost, *others in zip(fitted.costs, *plain))
+    assert fitted.schedule.cost < 0.9 * min(costs[3] for costs in plain)
+    assert all(0 <= reach <= 2 for reach in fitted.schedule.reach) and len(fitted.schedule.reach) == 16
+    assert search_schedule(bend, SearchOptions(4, 0, fitted=True), "test").schedule.reach == ()
+
+
+def test_a_path_that_slows_down_is_forecast_as_far_as_it_goes():
+    """0, 1, then 1.5 for good: half of the line one step on, a quarter two steps on. The engine goes exactly so far."""
+    values = torch.tensor([0.0, 1.0, 1.5, 1.5])
+    recording = recording_of(values[:, None, None, None].expand(4, 1, 1, 8).contiguous())
+    found = search_schedule(recording, SearchOptions(2, 1, first=2, fitted=True), "test").schedule
+    assert found.computed == (0, 1) and found.reach == (1.0, 1.0, 0.5, 0.25) and found.cost == pytest.approx(0.0, abs=1e-6)
+    stack = ToyStack(lambda s: torch.zeros(1, 1), lambda s: values[s][None, None], 4)
+    plan = CachePlan(ScheduledCache.of(found), "last_block", schedule=found)
+    run = Run(plan, stack, found.sigmas, torch.device("cpu"))
+    for sigma in found.sigmas[:-1]:
+        run.handle(Call(torch.zeros(1, 1), sigma, {}, lambda options: None), [Key("prompt", 0)], ())
+    assert stack.computed == [0, 1]
+    assert {step: float(value) for step, value in stack.used.items()} == pytest.approx({2: 1.5, 3: 1.5})
 
 
 def test_one_schedule_serves_the_worse_of_two_conditions():
