@@ -230,7 +230,7 @@ class RectiflowLoraForPruned(Node):
     def _read(self, lora_name):
         from pathlib import Path
 
-        from ..accel.quant.tensor_file import read_tensors
+        from ..accel.compressed.tensor_file import read_tensors
         from ..errors import input_error
         from ..host import get_full_path
 

@@ -227,6 +227,34 @@ def test_a_saved_narrow_model_is_loaded_bit_for_bit_and_takes_a_lora(tiny):
     assert torch.equal(drawn(saved(with_lora(narrow))), wanted)
 
 
+def test_the_nodes_hand_on_what_the_functions_make(tiny):
+    from rectiflow.nodes.width import RectiflowApplyWidthMask, RectiflowCompactWidth, RectiflowLoraForPruned, RectiflowWidthMaskScore
+
+    prompt, latent = tiny.conditioning("noto cat on white"), {"samples": torch.zeros(1, 16, 16, 16)}
+    scores, said, _ = RectiflowWidthMaskScore().execute(model=tiny.model, positive=prompt, latent=latent, method="magnitude", seed=0)
+    assert "36 heads and 12288 neurons" in said
+    cut = {"remove": 0.25, "scope": "local", "align": "64", "min_keep_heads": 1}
+    masked, plan, report, picture = RectiflowApplyWidthMask().execute(model=tiny.model, scores=scores, **cut)
+    assert "25.0% of neurons" in report and picture.ndim == 4
+    narrow, said = RectiflowCompactWidth().execute(model=masked, plan="", enabled=True)
+    again, _ = RectiflowCompactWidth().execute(model=tiny.model, plan=plan, enabled=True)
+    assert plan_of(narrow) == plan_of(again) and narrow.model_size() == again.model_size() and "narrows 9 blocks" in said
+    assert RectiflowCompactWidth().execute(model=tiny.model, plan="", enabled=False)[0] is tiny.model
+    noise = tiny.noise([1])
+    shown, small_one = (tiny.sample("noto cat on white", noise, model=model, steps=2) for model in (masked, narrow))
+    assert close(small_one, shown, 1e-5)
+    lora = {"diffusion_model.double_blocks.0.img_mlp.0.lora_up.weight": torch.ones(1024, 2)}
+    cutted, said = RectiflowLoraForPruned().execute(model=narrow, plan="", lora_name="", numbering="compact", lora=lora)
+    assert next(iter(cutted.values())).shape == (768, 2) and said == "1 layers cut, 0 as they were"
+    for wrong in ({"lora_name": ""}, {"lora_name": "../x"}, {"lora_name": "none.safetensors"}):
+        with pytest.raises(NodeInputError, match="models/loras"):
+            RectiflowLoraForPruned().execute(model=narrow, plan="", numbering="compact", **wrong)
+    with pytest.raises(NodeInputError, match="a plan"):
+        RectiflowLoraForPruned().execute(model=tiny.model, plan="", lora_name="", numbering="compact", lora=lora)
+    with pytest.raises(NodeInputError, match="scores of this model"):
+        RectiflowApplyWidthMask().execute(model=toy("flux"), scores=scores, **cut)
+
+
 def test_a_sliced_lora_is_the_slice_of_the_whole(case):
     """up @ down of the sliced LoRA = rows and columns of up @ down; removed blocks are dropped, others renumbered."""
     model, plan = case

@@ -55,9 +55,9 @@ def test_the_penalty_is_a_mean_over_units_then_layers_and_added():
     groups = groups_of(toy("flux"), "test")
     learned = LearnedMasks(groups)
     one = float(penalty(torch.tensor(3.0), "l0"))
-    assert float(learned.penalty("l0")) == pytest.approx(2.0 * one)
+    assert float(learned.penalty("l0").detach()) == pytest.approx(2.0 * one)
     only = LearnedMasks(tuple(group for group in groups if group.is_heads))
-    assert float(only.penalty("l0")) == pytest.approx(one)
+    assert float(only.penalty("l0").detach()) == pytest.approx(one)
 
 
 # The gradient of a whole run
@@ -204,7 +204,7 @@ def test_planted_dead_neurons_are_all_found():
         planted[group.key] = set(dead.tolist())
         for span in group.columns:
             model.model.diffusion_model.get_submodule(span.layer).weight.data[:, span.start + dead] = 0.0
-    done = run(model, iterations=24, targets="ffn", lr_ffn=0.3, beta=0.1)
+    done = run(model, iterations=40, targets="ffn", lr_ffn=0.3, beta=0.1)
     groups = tuple(group for group in groups_of(model, "test") if not group.is_heads)
     for scope in ("local", "global"):
         kept = kept_units(groups, done.scores, WidthCut(0.2, scope, 1, 0), model)
@@ -252,8 +252,8 @@ def test_recomputing_blocks_changes_nothing_and_groups_can_be_chosen(model):
 
 
 def test_it_stops_at_a_share(model):
-    done = run(model, iterations=60, lr_ffn=2.0, lr_heads=2.0, beta=10.0, stop_at=0.5)
-    assert done.report["steps"] < 60 and done.report["share_below_0"] >= 0.5 and "stopped" in done.report["notes"][-1]
+    done = run(model, iterations=60, lr_ffn=2.0, lr_heads=2.0, beta=10.0, stop_at=0.05)
+    assert done.report["steps"] < 60 and done.report["share_below_0"] >= 0.05 and "stopped" in done.report["notes"][-1]
 
 
 @pytest.mark.parametrize("method", ["magnitude", "taylor", "activation", "random"])
