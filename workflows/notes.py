@@ -57,6 +57,11 @@ NOTES = {
         "on top. **Grouped Attention** computes 60 % of the pairs here and **Context Drop** 27 %; the reports say so. Groups of 2 "
         "or factor 4 show what goes first. At this size neither is faster: that begins at some thousand tokens."
     ),
+    "rettention": (
+        "After four steps three of four are sparse: a token sees its square and the squares around it. **Re-ttention** puts back what that "
+        "leaves out; beside it the same without. Change **period** (longer ages the correction), **keep** and **form**; the report has the "
+        "mass each layer sees. 64 tokens gain no time: that begins at some thousand."
+    ),
     "region_adaptive": (
         "After eight steps only half of the tokens are computed; **Map of computed tokens** shows which, bright is often. Change "
         "**sample_ratio**: 1 is the plain model, 0.2 shows where detail goes; **starvation** 0 shows tokens that are never computed "
