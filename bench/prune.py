@@ -1,8 +1,8 @@
 """Depth pruning at a third of the blocks: `python bench/prune.py [--steps N] [--seeds N] [--search N]`; writes bench/results/prune_*.csv.
 
     prune_selections   three of the tiny model's nine blocks left out by each method, then equal recovery (Recover Pruned, all weights that
-                       are left, equal steps, batch and rate). PPCL students: the same steps distil students of its runs and nothing else
-                       learns; a step of that is cheaper, so that twice as many take about the time of the recovery
+                       are left, equal steps, batch and rate)
+    prune_students     PPCL's students of its runs, after as many steps and after twice as many: one of these steps costs half of the others
     prune_runs         PPCL's students alone: one run or three, the alternating stage alone or half of the steps on their own states
     prune_clock        process time of one call of the pruned network and of the whole one, interleaved rounds, best of each
 
@@ -136,22 +136,36 @@ def selections(bench: Bench, seeds: int, steps: int, search: int) -> dict[str, P
             before, spent, errors = known[out]
             _row(rows, figures, (name, seed, out, before, seconds, spent), errors)
             plans.setdefault(name, plan)
-        plan, seconds = chosen["PPCL runs"]
-        for name, factor in (("PPCL students", 1), ("PPCL students, twice the steps", 2)):
+    _summary(rows, figures)
+    header = ("selection", "seed", "left_out", "velocity_error_before", "velocity_error", "latent_error", "feature_distance",
+              "search_seconds", "recovery_seconds")  # fmt: skip
+    write_table("prune_selections", (*header, "steps", "batch"), [(*row, steps, BATCH) for row in rows])
+    return plans
+
+
+def students(bench: Bench, seeds: int, steps: int) -> None:
+    """PPCL's students of the runs it finds, after as many steps as the recovery of prune_selections, and after twice as many."""
+    rows, figures = [], {}
+    for seed in range(seeds):
+        plan = find_runs(bench.model, RunSearch(SHARE), bench.seeded(seed), host_services().guider, WHERE).plan
+        for count in (steps, 2 * steps):
             start = time.process_time()
-            model, _ = bench.distilled(plan, seed, factor * steps, own_share=0.5)
-            entry = (name, seed, names_out(bench, plan), float("nan"), seconds, time.process_time() - start)
-            _row(rows, figures, entry, bench.errors(model))
+            model, _ = bench.distilled(plan, seed, count, own_share=0.5)
+            seconds = time.process_time() - start
+            _row(rows, figures, (f"{count} steps", seed, names_out(bench, plan), 0.0, 0.0, seconds), bench.errors(model))
+    _summary(rows, figures)
+    header = ("students", "seed", "left_out", "velocity_error", "latent_error", "feature_distance", "seconds")
+    write_table("prune_students", (*header, "batch"), [(*row[:3], *row[4:7], row[8], BATCH) for row in rows])
+
+
+def _summary(rows: list, figures: dict) -> None:
+    """Mean and deviation over the seeds, below the rows."""
     for name, each in figures.items():
         columns = list(zip(*each))
         means = [f"{statistics.mean(column):.4f}" for column in columns]
         spread = [f"{statistics.stdev(column):.4f}" if len(column) > 1 else "" for column in columns]
         rows.append((name, "mean", "", "", *means, "", ""))
         rows.append((name, "deviation", "", "", *spread, "", ""))
-    header = ("selection", "seed", "left_out", "velocity_error_before", "velocity_error", "latent_error", "feature_distance",
-              "search_seconds", "recovery_seconds")  # fmt: skip
-    write_table("prune_selections", (*header, "steps", "batch"), [(*row, steps, BATCH) for row in rows])
-    return plans
 
 
 def _row(rows: list, figures: dict, entry: tuple, errors: tuple) -> None:
@@ -210,13 +224,18 @@ def main() -> None:
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--search", type=int, default=80)
     parser.add_argument("--rounds", type=int, default=7)
+    parser.add_argument("--students", action="store_true", help="prune_students alone")
     given = parser.parse_args()
     torch.set_num_threads(1)
     host = make_host(Path(tempfile.mkdtemp()), settings=HostSettings(device="cpu", dtype="fp32"))
     with use_host(host):
         bench = Bench(TinyRuns(host))
-        runs(bench, given.steps)
+        if given.students:
+            students(bench, given.seeds, given.steps)
+            return
         clock(bench, selections(bench, given.seeds, given.steps, given.search), given.rounds)
+        students(bench, given.seeds, given.steps)
+        runs(bench, given.steps)
 
 
 if __name__ == "__main__":
