@@ -1,7 +1,7 @@
 """Heads and neurons removed from the tiny model by six rules, at equal size and without any training after it; writes
 bench/results/prune_width.csv (quality) and prune_width_speed.csv (time of the narrow model).
 
-    python bench/prune_width.py [--iterations N] [--seeds N] [--betas 0.1,0.3]
+    python bench/prune_width.py [--part quality speed] [--iterations N] [--seeds N] [--betas 1.0,0.1]
 
 Quality: 20 % of the weights of heads and 20 % of those of neurons go, to the nearest unit, by one ranking over all layers and by the same
 share of each. Measured: ‖ẑ_0 − z_0‖²/‖z_0‖² of final latents with prompts and noises that no rule has seen, against the whole model from
@@ -87,7 +87,7 @@ class Bench:
         from rectiflow.train.width_masks import MaskSettings, learn_masks
 
         start, sigmas = time.process_time(), torch.linspace(1.0, 0.0, STEPS + 1)
-        settings = MaskSettings(objective=objective, iterations=self.iterations, beta=beta, seed=seed)
+        settings = MaskSettings(objective=objective, iterations=self.iterations, beta=beta, lr_heads=0.3, seed=seed)
         done = learn_masks(self.tiny.model, settings, self.shown(seed), sigmas, None, self.services, self.callback, "bench")
         self.measured(done.scores, beta, seed, time.process_time() - start)
         return done.report["final_latent_error_at"]["0.2"]
@@ -127,9 +127,10 @@ def speed(bench: Bench, scores, rounds: int) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--iterations", type=int, default=50)
+    parser.add_argument("--iterations", type=int, default=30)
     parser.add_argument("--seeds", type=int, default=3)
-    parser.add_argument("--betas", default="0.1,0.3")
+    parser.add_argument("--betas", default="1.0")
+    parser.add_argument("--part", nargs="+", choices=("quality", "speed"), default=("quality", "speed"))
     parser.add_argument("--rounds", type=int, default=15)
     given = parser.parse_args()
     from rectiflow.host.embedded import HostSettings, make_host, use_host
@@ -142,16 +143,22 @@ def main() -> None:
         from rectiflow.nodes.pruning import host_services
 
         bench = Bench(TinyRuns(host), host_services(), CallbacksMP.ON_PRE_RUN, given.iterations)
-        speed(bench, bench.scored("magnitude", 0), given.rounds)
+        magnitude = bench.scored("magnitude", 0)
+        if "speed" in given.part:
+            speed(bench, magnitude, given.rounds)
+        if "quality" not in given.part:
+            return
         for seed in range(given.seeds):
             for method in ("taylor", "activation", "random"):
                 bench.scored(method, seed)
         betas = [float(part) for part in given.betas.split(",")]
+        best = {}
         for objective in ("end_to_end", "per_step"):
             found = {beta: bench.learned(objective, beta, 0) for beta in betas}
-            best = min(found, key=found.get)
-            for seed in range(1, given.seeds):
-                bench.learned(objective, best, seed)
+            best[objective] = min(found, key=found.get)
+        for seed in range(1, given.seeds):
+            for objective, beta in best.items():
+                bench.learned(objective, beta, seed)
 
 
 if __name__ == "__main__":
