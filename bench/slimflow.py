@@ -2,7 +2,7 @@
 
     plane     eight Gaussians on a ring, the exact flow as teacher: annealing against reflow from the start at equal steps, by how many
               pairs there are and how wide the student is
-    latent    the tiny model under one prompt at cfg 2 as teacher (12 Euler steps), a student of a fifteenth of its parameters: reflow, then
+    latent    the tiny model under one prompt at cfg 2 as teacher (12 Euler steps), a student of a fortieth of its parameters: reflow, then
               one step by pairs alone, by the two-step target alone, and by both; error to the teacher's picture of held-out noise
 """
 

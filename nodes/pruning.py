@@ -128,6 +128,7 @@ class RectiflowRecoverPruned(Node):
         number("ema", 0.99, 0.0, 0.99999, "Decay of the average that is handed out; 0: none.", step=0.0001, optional=True, advanced=True),
         integer("save_every", 250, 0, 1000000, "Steps between checkpoints; 0: the end alone.", optional=True, advanced=True),
         boolean("checkpointing", False, "Compute blocks twice and keep less memory.", optional=True, advanced=True),
+        socket("pairs", "FLOW_PAIRS", "The whole model's pictures, in place of samples that are drawn here.", optional=True),
     )  # fmt: skip
     OUTPUTS = (
         Output("MODEL", "model", "The pruned model with what was learnt (the average)."),
@@ -144,14 +145,18 @@ class RectiflowRecoverPruned(Node):
 
         return RectiflowTrain.IS_CHANGED(name)
 
-    def run(self, student, teacher, positive, latent, name, seed, **given):
+    def run(self, student, teacher, positive, latent, name, seed, pairs=None, **given):
         import json
 
+        from ..train.pool import Calibration
         from ..train.recovery import RecoverSettings, recover
 
         shown = {key: given.pop(key) for key in ("negative", "samples", "sample_steps", "cfg") if key in given}
         settings = RecoverSettings(seed=seed, **given)
-        pool = calibration(teacher, positive, latent, seed=seed, **shown)
+        if pairs is None:
+            pool = calibration(teacher, positive, latent, seed=seed, **shown)
+        else:
+            pool = Calibration.from_pairs(positive, shown.get("negative"), pairs, self.TITLE, seed)
         done = recover(student, teacher, settings, pool, run_folder(name, self.TITLE), host_services())
         return (done.model, done.lora, {"loss": done.losses}, json.dumps(done.report, indent=1), done.picture)
 

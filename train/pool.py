@@ -1,4 +1,4 @@
-"""Examples without a data set: a model's own samples, drawn once, and fixed points of its flow around them.
+"""Examples without a data set: a model's own samples, drawn once or given as pairs, and fixed points of its flow around them.
 
 The pool holds x̂0 = ODE_teacher(noise) by Euler steps, with the teacher's guidance; a training step noises these again. The same seed
 gives the same pool, so that a run that is resumed has the examples it had.
@@ -7,6 +7,7 @@ gives the same pool, so that a run that is resumed has the examples it had.
 from __future__ import annotations
 
 import hashlib
+import json
 from collections.abc import Callable
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
@@ -16,6 +17,7 @@ import torch
 from torch import Tensor
 
 from ..errors import input_error
+from ..samplers.pairs import FlowPairs
 from .draws import Draws, seeded
 from .host_model import train_inside, trainable_weights
 from .loop import Batch
@@ -23,6 +25,7 @@ from .loop import Batch
 __all__ = ["Calibration", "PoolData", "Switched", "checked_pool", "inside", "points", "sample_pool", "velocities"]
 
 CALL = 8  # rows a model call has at most
+COMPARED = 16  # pairs that are drawn again to see how far a model is from them
 
 
 @dataclass(frozen=True)
@@ -32,6 +35,7 @@ class Calibration:
     Args:
         positive: CONDITIONING, one entry a prompt. negative: for guidance, or None.
         size: (c, h, w) of a latent of the model. count: samples in the pool. steps, cfg: how the teacher draws them.
+        pairs: FlowPairs of the teacher that stand for the pool; then count is how many of them are drawn again to compare with.
     """
 
     positive: list
@@ -41,6 +45,25 @@ class Calibration:
     steps: int = 12
     cfg: float = 1.0
     seed: int = 0
+    pairs: FlowPairs | None = None
+
+    @classmethod
+    def from_pairs(cls, positive: list, negative: list | None, pairs: FlowPairs, where: str, seed: int = 0) -> Calibration:
+        """Pairs in place of samples that are drawn here. Raises: NodeInputError for several prompts, which pairs cannot be told by."""
+        if len(positive) != 1:
+            allowed = "the one prompt that the pairs were made with"
+            raise input_error(where, "positive", f"{len(positive)} prompts", allowed, "Link that one.")
+        cfg, count = float(pairs.facts["cfg"]), min(len(pairs), COMPARED)
+        return cls(positive, negative, tuple(pairs.clean.shape[1:]), count, cfg=cfg, seed=seed, pairs=pairs)
+
+    def noise(self) -> Tensor:
+        if self.pairs is not None:
+            return self.pairs.noise(slice(0, self.count))
+        return torch.randn((self.count, *self.size), generator=seeded(self.seed, "pool"))
+
+    def sigmas(self) -> Tensor:
+        """Of the Euler steps, from 1 to 0; those that made the pairs."""
+        return torch.linspace(1.0, 0.0, self.steps + 1) if self.pairs is None else torch.tensor(json.loads(self.pairs.facts["sigmas"]))
 
 
 class PoolData:
@@ -70,8 +93,8 @@ class Switched:
 
 
 def checked_pool(teacher: Any, calibration: Calibration, where: str) -> Tensor:
-    """sample_pool of `teacher`. Raises: NodeInputError for samples that are not finite."""
-    pool = sample_pool(teacher, calibration)
+    """sample_pool of `teacher`, or the pictures of pairs. Raises: NodeInputError for samples that are not finite."""
+    pool = sample_pool(teacher, calibration) if calibration.pairs is None else calibration.pairs.clean
     if not bool(torch.isfinite(pool).all()):
         raise input_error(where, "model", "samples with NaN or infinity", "a model whose samples are finite", "Try fp32, or another seed.")
     return pool
@@ -104,8 +127,7 @@ def _ordinary(conditioning: list) -> list:
 def sample_pool(trainee: Any, calibration: Calibration) -> Tensor:
     """x̂0 (count, c, h, w) fp32 on the CPU, in model space."""
     count, prompts = calibration.count, len(trainee.positive)
-    noise = torch.randn((count, *calibration.size), generator=seeded(calibration.seed, "pool"))
-    sigmas = torch.linspace(1.0, 0.0, calibration.steps + 1)
+    noise, sigmas = calibration.noise(), calibration.sigmas()
     parts = []
     for start in range(0, count, CALL):
         x = noise[start : start + CALL]

@@ -329,7 +329,8 @@ class Recovery:
     def _measured(self, trainee: Any, fixed: list, wanted: Tensor, pool: Tensor) -> dict[str, float]:
         """Velocity error at fixed points, and the distance of final latents from the teacher's of the same noise, both relative."""
         own_pool = sample_pool(trainee, self.calibration)
-        return {"velocity_error": relative_error(velocities(trainee, fixed), wanted), "final_latent_error": relative_error(own_pool, pool)}
+        final = relative_error(own_pool, pool[: len(own_pool)])
+        return {"velocity_error": relative_error(velocities(trainee, fixed), wanted), "final_latent_error": final}
 
     def _keep(self, lora: dict[str, Tensor], students: dict[str, StudentBlock]) -> None:
         from safetensors.torch import save

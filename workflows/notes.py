@@ -29,6 +29,10 @@ NOTES = {
         "of the tokens. **Model Compare** says what each stage gives and costs; raise its **rounds** for steady seconds. Change any "
         "stage."
     ),
+    "reflow_a_lora": (
+        "The model's own pictures and their noises straighten it: a LoRA of 8 steps on 4 pairs, then a second one for a single step. "
+        "A taste: for clean pictures raise **count** to 64, **steps** to 300 and 100, **anneal_steps** to 100, and change both names."
+    ),
     "train_a_lora": (
         "A LoRA learns one picture in 30 steps of two examples; the same seed is drawn before and after. **Train** goes on where "
         "its **name** stopped: raise **steps** to train further, change **name** to begin anew. **lora** can be linked to Save "

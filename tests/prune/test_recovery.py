@@ -10,11 +10,12 @@ from rectiflow.accel.prune.apply import apply_plan, plan_of, stack_under
 from rectiflow.accel.prune.identity import model_hash
 from rectiflow.accel.prune.select import plan_without
 from rectiflow.errors import NodeInputError
-from rectiflow.host import CFGGuider
+from rectiflow.host import CFGGuider, sampler_object
+from rectiflow.nodes.pairs import RectiflowFlowPairGenerator
 from rectiflow.nodes.pruning import host_services
 from rectiflow.tests.accel.region_toys import conditioning, toy
 from rectiflow.train.features import masked_distance
-from rectiflow.train.pool import Calibration
+from rectiflow.train.pool import Calibration, inside, sample_pool
 from rectiflow.train.prune_scores import velocity_error
 from rectiflow.train.recovery import RecoverSettings, changed_blocks, matched_places, recover
 
@@ -55,6 +56,24 @@ def test_a_teacher_of_its_own_weights_teaches_the_same(case):
     shared, apart = run(case), run(case, teacher=toy("flux"))
     assert shared.losses == pytest.approx(apart.losses, rel=1e-5)
     assert shared.report["after"]["velocity_error"] == pytest.approx(apart.report["after"]["velocity_error"], rel=1e-4)
+
+
+@pytest.mark.parametrize("cfg", [1.0, 2.0])
+def test_pairs_stand_for_the_pool(cfg, case, host):
+    """Drawn again from their seeds by the steps and the guidance in their header they are the pictures; then they teach."""
+    model, pruned, shown = case
+    sampled = RectiflowFlowPairGenerator().execute(
+        model=model, positive=shown.positive, negative=shown.negative, cfg=cfg, sampler=sampler_object("euler"), path="pairs", count=4,
+        sigmas=torch.linspace(1, 0, 4), latent={"samples": torch.zeros(1, 16, 6, 8)}, seed=3, batch=4,
+    )[0]  # fmt: skip
+    pool = Calibration.from_pairs(shown.positive, shown.negative, sampled, "test")
+    found = []
+    inside(CFGGuider, model, pool, lambda trainee: found.append(sample_pool(trainee, pool)))
+    assert torch.allclose(found[0], sampled.clean, atol=1e-4)  # rounding: the sampler scales by sigma on its way to the velocity
+    done = run((model, pruned, pool), steps=12)
+    assert done.report["after"]["velocity_error"] < 0.98 * done.report["before"]["velocity_error"]
+    with pytest.raises(NodeInputError, match="one prompt"):
+        Calibration.from_pairs(shown.positive * 2, None, sampled, "test")
 
 
 def test_recomputing_blocks_changes_nothing(case):

@@ -156,15 +156,15 @@ def test_previews_are_shown_while_it_trains_and_kept_as_files(tiny, monkeypatch)
             shown.append((value, preview[1].size))
 
     monkeypatch.setattr(port, "ProgressBar", Bar, raising=False)
-    inputs = {"steps": 2, "vae": tiny.vae, "preview_every": 1, **FAST}
+    inputs = {"steps": 1, "vae": tiny.vae, "preview_every": 1, **FAST}
     previews = RectiflowTrain().execute(model=tiny.model, data=data(tiny), **inputs)[4]
     folder = Path(port.get_output_directory()) / "rf_train" / "run"
     files = sorted(folder.glob("preview-*.png"))
-    assert [file.name for file in files] == ["preview-000001-0.png", "preview-000002-0.png"] and previews.shape == (1, 64, 64, 3)
+    assert [file.name for file in files] == ["preview-000001-0.png", "preview-000001-1.png"] and previews.shape == (2, 64, 64, 3)
     with Image.open(files[1]) as kept:
         pixels = torch.tensor(list(kept.getdata())).view(64, 64, 3) / 255.0
-    assert (pixels - previews[0].clamp(0, 1)).abs().max() < 1 / 255
-    assert shown[-1] == (2, (640, 360 + 160))
+    assert (pixels - previews[1].clamp(0, 1)).abs().max() < 1 / 255
+    assert shown[-1] == (1, (640, 360 + 160))
 
 
 def test_an_interrupt_leaves_a_checkpoint_and_no_hooks(tiny, monkeypatch):
