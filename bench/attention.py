@@ -8,7 +8,7 @@ grouped      attention.csv: groups of 16 × 16 against torch's SDPA. `ideal` is 
              same mask. Beside it, from arXiv 2505.14687: 35.8× for block and 11.6× for cross at 262144 tokens on an A100.
 rettention   rettention_step.csv: a dense step, one that measures and one that is corrected, at the first size; `run_gain` of a run of 20
              steps as arXiv 2505.22918 has it, 5 + 3 + 12 of them.
-error        rettention_error.csv: the tiny model at 64×64, 20 steps, guidance 1, squares of 2 tokens and their neighbours, 8 seeds:
+error        rettention_error.csv: the tiny model at 64×64, 20 steps, guidance 1, single tokens and their 8 neighbours, 8 seeds:
              ‖z − z₀‖/‖z₀‖ of the final latent against the dense run, mean.
 """
 
