@@ -6,7 +6,6 @@ after itself, whatever happens inside. Each example has a condition of its own; 
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Callable
 from contextlib import nullcontext
 from types import MappingProxyType
@@ -21,7 +20,7 @@ from torch.utils.checkpoint import checkpoint
 from ..families.arch import arch_spec
 from .params import NETWORK, Additions, block_prefix
 
-__all__ = ["HostTrainee", "checkpoint_blocks", "fingerprint", "ordinary", "train_inside", "trainable_weights", "watch_blocks"]
+__all__ = ["HostTrainee", "checkpoint_blocks", "ordinary", "train_inside", "trainable_weights", "watch_blocks"]
 
 NORMS = frozenset((functional.layer_norm, functional.rms_norm, functional.group_norm, torch.rms_norm, torch.layer_norm))
 TOKENS = ("img", "txt", "x", "context")  # what blocks call the tokens they change
@@ -53,15 +52,6 @@ def trainable_weights(patcher: Any) -> None:
             if value.is_inference():
                 module.register_buffer(name, value.clone())
     network.requires_grad_(False)
-
-
-def fingerprint(patcher: Any) -> str:
-    """A hash of the network's names and shapes and of a few numbers of every weight: which model this is."""
-    digest = hashlib.sha256()
-    for name, value in patcher.get_model_object("diffusion_model").named_parameters():
-        sample = value.detach().flatten()[:64].float().cpu().contiguous()
-        digest.update(f"{name}{tuple(value.shape)}".encode() + sample.numpy().tobytes())
-    return digest.hexdigest()
 
 
 class HostTrainee:

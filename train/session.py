@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..accel.prune.identity import model_hash
 from ..errors import input_error
 from ..families.blocks import block_layout, parse_blocks
 from .checkpoints import RunFolder, write_whole
@@ -24,7 +25,7 @@ from .densities import Density
 from .draws import seeded
 from .features import FeatureLoss
 from .history import History
-from .host_model import HostTrainee, checkpoint_blocks, fingerprint, ordinary, train_inside, trainable_weights, watch_blocks
+from .host_model import HostTrainee, checkpoint_blocks, ordinary, train_inside, trainable_weights, watch_blocks
 from .loop import Callbacks, Trainer
 from .losses import Loss
 from .optim import Optim
@@ -98,7 +99,7 @@ class Session:
         with torch.inference_mode(False), torch.enable_grad():
             patcher = self.request.model.clone()
             patcher.set_model_compute_dtype(torch.bfloat16 if self.settings["dtype"] == "bf16" else torch.float32)
-            base = fingerprint(patcher)
+            base = model_hash(patcher)
             trainable_weights(patcher)
             additions = attach(patcher, self.subset, self.config.seed, WHERE)
             if self.config.checkpointing and not checkpoint_blocks(patcher):

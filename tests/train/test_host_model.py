@@ -15,7 +15,7 @@ from rectiflow.nodes.training import (
     RectiflowTrainParams,
     RectiflowTrainTarget,
 )
-from rectiflow.train.host_model import checkpoint_blocks, fingerprint, train_inside, trainable_weights
+from rectiflow.train.host_model import checkpoint_blocks, train_inside, trainable_weights
 from rectiflow.train.params import ParamSubset, attach
 
 FAST = {"dtype": "fp32", "checkpointing": False, "ema": 0.0, "validate_every": 0, "save_every": 0}
@@ -59,6 +59,7 @@ def test_a_second_run_trains_nothing_and_more_steps_go_on(tiny):
     assert RectiflowTrain.IS_CHANGED(name="run") == 2
     again = RectiflowTrain().execute(model=tiny.model, data=data(tiny), steps=2, **FAST)
     assert again[2] == first[2] and all(torch.equal(value, again[1][name]) for name, value in first[1].items())
+    velocity_of(again[0], tiny)  # leaves the LoRA merged into the network that both share
     more = RectiflowTrain().execute(model=tiny.model, data=data(tiny), steps=3, **FAST)
     assert more[6] == 3 and more[2]["loss"][:2] == first[2]["loss"]
 
@@ -162,7 +163,7 @@ def test_previews_are_shown_while_it_trains_and_kept_as_files(tiny, monkeypatch)
     files = sorted(folder.glob("preview-*.png"))
     assert [file.name for file in files] == ["preview-000001-0.png", "preview-000001-1.png"] and previews.shape == (2, 64, 64, 3)
     with Image.open(files[1]) as kept:
-        pixels = torch.tensor(list(kept.getdata())).view(64, 64, 3) / 255.0
+        pixels = torch.frombuffer(bytearray(kept.tobytes()), dtype=torch.uint8).view(64, 64, 3) / 255.0
     assert (pixels - previews[1].clamp(0, 1)).abs().max() < 1 / 255
     assert shown[-1] == (1, (640, 360 + 160))
 
@@ -233,16 +234,6 @@ def test_features_of_the_same_model_are_no_distance_and_weight_zero_is_off(tiny)
         runs[weight] = made[2]["loss"]
     assert runs[0.0] == plain
     assert runs[1.0][0] == pytest.approx(plain[0], rel=1e-6) and runs[1.0][1] > plain[1]
-
-
-def test_the_fingerprint_tells_models_apart(tiny):
-    assert fingerprint(tiny.model) == fingerprint(tiny.model.clone())
-    other = {name: value.clone() for name, value in tiny.model.model.diffusion_model.state_dict().items()}
-    with torch.no_grad():
-        tiny.model.model.diffusion_model.img_in.weight.add_(1e-3)
-    changed = fingerprint(tiny.model)
-    tiny.model.model.diffusion_model.load_state_dict(other)
-    assert changed != fingerprint(tiny.model)
 
 
 @pytest.mark.parametrize("chosen", [{"include": "nothing"}, {"include": "("}, {"blocks": "single:9"}, {"blocks": "triple"}])
