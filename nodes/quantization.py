@@ -86,6 +86,7 @@ class RectiflowQuantize(Node):
         self, model, weight_bits, act_bits, group_size, method, rotation, j_threshold, smooth_alpha, protect_down, keep_below_db, include,
         exclude, lora, seed, stats=None,
     ):  # fmt: skip
+        from ..accel.compressed.writing import changed_weight
         from ..accel.modules import NETWORK, own_weight
         from ..accel.quant.attach import chosen_layers, put_on
         from ..accel.quant.recipe import QuantScheme, quantised_layers, report_table
@@ -104,8 +105,10 @@ class RectiflowQuantize(Node):
         inside = {name for name, key in keys.items() if lora == "before" or key in model.weight_wrapper_patches}
 
         def weight_of(name: str):
-            weight = own_weight(model, name, layers[name])
-            return with_changes(model, keys[name], weight) if name in inside else weight
+            weight, layer = own_weight(model, name, layers[name]), layers[name]
+            if name not in inside:
+                return weight
+            return changed_weight(model, layer, "weight", keys[name], weight.float(), lambda key, of: with_changes(model, key, of))
 
         def step() -> None:
             bar.update(1)

@@ -65,7 +65,10 @@ def built_model(loaded: Loaded, make: Make, where: str, compact: bool = False) -
             if name not in loaded.layers:
                 _place(network, name, _narrow(network, name, loaded, cuts.get(name)), loaded)
         for name, layer in loaded.layers.items():
+            own = network.get_submodule(name)
             _place(network, name, layer, loaded)
+            if name in cuts and cuts[name].shape(own) == (layer.out_features, layer.in_features):
+                layer.cut_to(cuts[name], (own.out_features, own.in_features))
     except (AttributeError, LookupError) as error:
         raise refuse(f"that does not fit {type(network).__name__}: {error}") from error
     missing = [key for key in network.state_dict() if key not in loaded.plain and key.rpartition(".")[0] not in loaded.layers]

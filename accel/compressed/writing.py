@@ -30,7 +30,7 @@ from ..prune.students import StudentBlock
 from ..quant.linear import QuantLinear, factors, product
 from .manifest import DTYPES, METADATA, TENSOR, LayerFormat, Manifest, core_marker
 
-__all__ = ["ATTACHMENT", "FILE_PREFIX", "FORMS", "compressed_tensors"]
+__all__ = ["ATTACHMENT", "FILE_PREFIX", "FORMS", "changed_weight", "compressed_tensors"]
 
 FORMS = ("rectiflow", "core_int8", "plain")
 FILE_PREFIX = "model.diffusion_model."
@@ -189,7 +189,7 @@ def _patched(model: Any, name: str, layer: QuantLinear, changed: Changed) -> tup
     if key not in model.patches and key not in model.weight_wrapper_patches:
         return codes, layer.added
     base = layer.numbers(layer.stored.with_codes(codes))
-    patched = changed(key, base)
+    patched = layer.narrowed(changed(key, layer.widened(base)))
     if layer.lora == "requant":
         return layer.stored.requantised(layer.into_basis(patched), zlib.crc32(key.encode())), layer.added
     added = factors(patched - base, float(base.norm()))
@@ -207,7 +207,7 @@ def _numbers(layer: QuantLinear, parts: Mapping[str, torch.Tensor]) -> torch.Ten
 # Everything else
 
 
-def _changed(model: Any, module: nn.Module, part: str, key: str, weight: torch.Tensor, changed: Changed) -> torch.Tensor:
+def changed_weight(model: Any, module: nn.Module, part: str, key: str, weight: torch.Tensor, changed: Changed) -> torch.Tensor:
     """`weight` with the patches that lie on it; those of a narrow layer are of the whole one's size, as the host merges them."""
     if not weight.is_floating_point():
         return weight
@@ -225,7 +225,7 @@ def _plain_tensors(model: Any, modules: Mapping[str, nn.Module], changed: Change
         for part in [part for part, value in module._parameters.items() if value is not None]:
             full = f"{name}.{part}" if name else part
             weight = own_weight(model, name, module, part)
-            yield full, _changed(model, module, part, NETWORK + full, weight, changed)
+            yield full, changed_weight(model, module, part, NETWORK + full, weight, changed)
         for part, value in module._buffers.items():
             if value is not None and part not in module._non_persistent_buffers_set:
                 yield f"{name}.{part}" if name else part, value

@@ -25,7 +25,7 @@ from .identity import NETWORK, model_hash, original_part, original_weight
 from .plan import PrunePlan
 from .width import check_width, groups_of, without_masks
 
-__all__ = ["LayerCut", "NarrowWeights", "compact_model", "layer_cuts", "narrow_layer"]
+__all__ = ["LayerCut", "NarrowWeights", "compact_model", "layer_cuts", "narrow_layer", "narrowed", "spread"]
 
 
 @dataclass(frozen=True)
@@ -84,8 +84,8 @@ class NarrowWeights:
 
     def convert_weight(self, weight: Tensor, inplace: bool = False, **kwargs) -> Tensor:
         """The narrow weight in its place in the full one, zeros elsewhere."""
-        wide = _spread(weight, self.cut.columns, self.full[1], 1)
-        return _spread(wide, self.cut.rows, self.full[0], 0)
+        wide = spread(weight, self.cut.columns, self.full[1], 1)
+        return spread(wide, self.cut.rows, self.full[0], 0)
 
     def set_weight(self, weight: Tensor, inplace_update: bool = False, seed: int | None = None, return_weight: bool = False, **kwargs):
         """Keep of a full weight what this layer has."""
@@ -93,14 +93,15 @@ class NarrowWeights:
         return narrow if return_weight else _put(self, "weight", narrow, inplace_update)
 
     def convert_bias(self, bias: Tensor, inplace: bool = False, **kwargs) -> Tensor:
-        return _spread(bias, self.cut.rows, self.full[0], 0)
+        return spread(bias, self.cut.rows, self.full[0], 0)
 
     def set_bias(self, bias: Tensor, inplace_update: bool = False, seed: int | None = None, return_weight: bool = False, **kwargs):
         narrow = (bias if self.cut.rows is None else bias[self.cut.rows.to(bias.device)]).to(self.bias.dtype)
         return narrow if return_weight else _put(self, "bias", narrow, inplace_update)
 
 
-def _spread(narrow: Tensor, places: Tensor | None, count: int, dim: int) -> Tensor:
+def spread(narrow: Tensor, places: Tensor | None, count: int, dim: int) -> Tensor:
+    """`narrow` at its places among `count` along one dimension, zeros elsewhere; None leaves it."""
     if places is None or narrow.shape[dim] == count:
         return narrow
     wide = narrow.new_zeros(*narrow.shape[:dim], count, *narrow.shape[dim + 1 :])

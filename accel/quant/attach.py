@@ -16,6 +16,7 @@ from torch import nn
 
 from ...errors import input_error
 from ..modules import NETWORK, seen_modules
+from ..prune.compact import NarrowWeights
 from .linear import QuantLinear
 
 __all__ = ["chosen_layers", "put_on", "quantised_parts"]
@@ -60,6 +61,8 @@ def put_on(model: Any, layers: Mapping[str, QuantLinear], inside: Collection[str
     saved = 0
     for name, layer in layers.items():
         saved += layer_of(name).weight.nbytes - layer.nbytes
+        if isinstance(layer_of(name), NarrowWeights):
+            layer.cut_to(layer_of(name).cut, layer_of(name).full)
         patched.add_object_patch(NETWORK + name, layer)
         if name in inside:
             patched.patches.pop(f"{NETWORK}{name}.weight", None)

@@ -26,6 +26,7 @@ from torch import nn
 
 from ...kernels.int8_linear import Int8Weight, int8_linear
 from ...kernels.quantise_tokens import NOTHING
+from ..prune.compact import LayerCut, narrowed, spread
 from .rotation import Rotation
 from .stored import StoredWeight
 
@@ -89,6 +90,8 @@ class QuantLinear(nn.Module):
         self.register_buffer("lora_down", None if added is None else added[0])
         self.register_buffer("lora_up", None if added is None else added[1])
         self.rotation = rotation
+        self.cut: LayerCut | None = None
+        self.full = (self.out_features, self.in_features)
         self.weight_function: list = []
         self.bias_function: list = []
         self._added: tuple[nn.Parameter, torch.Tensor, torch.Tensor] | None = None
@@ -134,6 +137,22 @@ class QuantLinear(nn.Module):
     def bits_per_weight(self) -> float:
         return 8 * self.nbytes / (self.in_features * self.out_features)
 
+    # A narrow layer's weight at full size, as LoRAs of the whole model have it
+
+    def cut_to(self, cut: LayerCut, full: tuple[int, int]) -> None:
+        """The layer holds what `cut` leaves of one of size `full`."""
+        self.cut, self.full = cut, full
+
+    def widened(self, weight: torch.Tensor) -> torch.Tensor:
+        """(n, k) → its place in the full weight, zeros elsewhere."""
+        if self.cut is None:
+            return weight
+        return spread(spread(weight, self.cut.columns, self.full[1], 1), self.cut.rows, self.full[0], 0)
+
+    def narrowed(self, weight: torch.Tensor) -> torch.Tensor:
+        """Of a full weight what this layer has."""
+        return weight if self.cut is None else narrowed(weight, self.cut)
+
     # The basis of the codes and that of training
 
     def into_basis(self, weight: torch.Tensor) -> torch.Tensor:
@@ -150,7 +169,7 @@ class QuantLinear(nn.Module):
         """Codes, in whatever dtype they were cast to → the numbers they stand for."""
         if self._handing_out:
             return weight
-        return self.numbers(self.stored.with_codes(weight.to(self.weight.dtype))).to(weight.device)
+        return self.widened(self.numbers(self.stored.with_codes(weight.to(self.weight.dtype)))).to(weight.device)
 
     def set_weight(
         self, weight: torch.Tensor, inplace_update: bool = False, seed: int | None = None, return_weight: bool = False, **kwargs: Any
@@ -158,6 +177,7 @@ class QuantLinear(nn.Module):
         """Take a patched weight (n, k) by the layer's policy; with `return_weight` the codes are returned and the layer stays."""
         if self._handing_out:
             return weight
+        weight = self.narrowed(weight)
         if self.lora == "bypass" and not inplace_update and not return_weight:
             base = self.numbers()
             a, b = factors(weight.float() - base, float(base.norm()))
@@ -208,11 +228,11 @@ class QuantLinear(nn.Module):
         weight = self.numbers()
         if self.added is not None:
             weight = weight + product(*self.added)
-        weight, self._handing_out = weight.to(device=x.device, dtype=x.dtype), True
+        weight, self._handing_out = self.widened(weight.to(device=x.device, dtype=x.dtype)), True
         try:
             for function in self.weight_function:
                 weight = function(weight)
-            return F.linear(x, weight, self._bias(x))
+            return F.linear(x, self.narrowed(weight), self._bias(x))
         finally:
             self._handing_out = False
 

@@ -15,9 +15,12 @@ from rectiflow.accel.compressed import tensor_file
 from rectiflow.accel.compressed.manifest import METADATA, TENSOR, Manifest, Renumbering
 from rectiflow.accel.modules import NETWORK
 from rectiflow.accel.prune.apply import SkipBlock, plan_of
+from rectiflow.accel.prune.compact import compact_model
 from rectiflow.accel.prune.identity import model_hash
 from rectiflow.accel.quant.attach import quantised_parts
+from rectiflow.accel.quant.error import sqnr
 from rectiflow.errors import NodeInputError
+from rectiflow.tests.prune.test_width import planned
 from rectiflow.tests.quant.conftest import rank_two, with_lora
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
@@ -104,6 +107,20 @@ def test_a_fresh_process_gives_the_same_latent(runs):
     )
     assert done.returncode == 0, done.stderr[-2000:]
     assert torch.equal(torch.load(out, weights_only=True), expected)
+
+
+def test_narrow_layers_in_few_bits_take_loras_of_the_whole_size(runs):
+    """In front of Quantize, behind it, and behind the file: one latent, to what 8 bits leave of the narrow model's with the LoRA."""
+    narrow = compact_model(runs.model, planned(runs.model, 0.3, least=1), "test")
+    exact = runs.latent(with_lora(narrow, runs.model, LAYERS, 0.05))
+    assert sqnr(exact, runs.latent(narrow)) < 20
+    front = runs.quantized(with_lora(narrow, runs.model, LAYERS, 0.05))
+    behind = with_lora(runs.quantized(narrow, lora="bypass"), runs.model, LAYERS, 0.05)
+    file = runs.load(runs.save(runs.quantized(narrow, lora="bypass")))
+    expected = runs.latent(behind)
+    assert min(sqnr(exact, expected), sqnr(exact, runs.latent(front))) > 25
+    assert torch.equal(runs.latent(with_lora(file, runs.model, LAYERS, 0.05)), expected)
+    assert torch.equal(runs.latent(runs.load(runs.save(behind))), expected)
 
 
 def test_what_is_loaded_in_a_graph_can_still_be_trained(runs, file):
