@@ -126,7 +126,8 @@ class TestPatcher:
         made.set_weight(patched, seed=11)
         moved, expected = made(x) - plain, x @ added.t()
         assert torch.nn.functional.cosine_similarity(moved.flatten(), expected.flatten(), dim=0) >= least
-        assert float(moved.norm() / expected.norm()) == pytest.approx(1.0, abs=0.02 if policy == "bypass" else 0.35)
+        along = float((moved * expected).sum() / expected.square().sum())  # how much of the LoRA's own change is in it
+        assert along == pytest.approx(1.0, abs=0.02 if policy == "bypass" else 0.1)
         made.weight = nn.Parameter(codes, requires_grad=False)  # what a host does with its backup
         assert torch.equal(made(x), plain)
 
