@@ -68,6 +68,7 @@ def runs(tmp_path_factory) -> QuantRuns:
 
 def rank_two(model, names, size: float = 0.02) -> dict[str, tuple]:
     """Patches as a LoRA of rank 2 gives them for these layers; the same numbers at every call."""
+    model.detach()  # sizes are the whole layers', not those of what lies on the network at the moment
     generator = torch.Generator().manual_seed(7)
     patches = {}
     for name in names:

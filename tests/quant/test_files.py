@@ -29,7 +29,7 @@ from torch import nn
 LAYERS = ("double_blocks.0.img_mlp.0", "single_blocks.0.linear2")
 GONE = ("double_blocks.1", "single_blocks.3")
 PREFIX = "model.diffusion_model."
-IMG = r"double_blocks\.0\.img_attn"
+IMG = r"double_blocks\.0\.img_attn\.proj"
 
 
 @pytest.fixture(scope="module")
@@ -44,6 +44,7 @@ def file(runs, four) -> str:
 
 def narrowed(runs):
     """The model with the first block's image MLP at 600 of 1024 neurons, as a narrowing node leaves it: smaller layers, no other sign."""
+    runs.model.detach()  # else another model's layers may lie on the network
     network, keep = runs.model.model.diffusion_model, torch.arange(600)
     model = runs.model.clone()
     up, down = network.double_blocks[0].img_mlp[0], network.double_blocks[0].img_mlp[2]
@@ -58,7 +59,7 @@ def narrowed(runs):
 
 MODELS = {
     "W8": lambda runs: runs.quantized(),
-    "W4 rows": lambda runs: runs.quantized(weight_bits="4", group_size="0"),
+    "W4 rows": lambda runs: runs.quantized(weight_bits="4", group_size="0", include=IMG),
     "W3 dual": lambda runs: runs.quantized(weight_bits="3", rotation="dual", stats=runs.stats(IMG), include=IMG),
     "pruned": lambda runs: runs.pruned(*GONE),
     "pruned, mixed bits": lambda runs: runs.quantized(
