@@ -66,6 +66,11 @@ def test_commands_exist_and_their_files_too(page):
                 assert (ROOT / argument).exists(), argument
 
 
+def test_every_graph_is_listed():
+    graphs = {page.stem for page in (ROOT / "workflows").glob("*.json")}
+    assert graphs == set(re.findall(r"\[(\w+)\]\(workflows/\w+\.json\)", read(ROOT / "README.md")))
+
+
 def test_the_first_two_commands():
     assert [command[0] for command in commands(ROOT / "README.md")][:2] == ["run", "test"]
     assert commands(ROOT / "README.md")[0][1] == "workflows/api/text_to_image.json"
