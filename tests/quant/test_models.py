@@ -67,7 +67,10 @@ def test_graphs_in_turn_leave_nothing(runs, eight, plain):
 class TestLoRA:
     @pytest.mark.parametrize(
         ("policy", "bits", "least"),
-        [("before", "8", 0.97), ("bypass", "8", 0.98), ("requant", "8", 0.95), ("before", "4", 0.6), ("bypass", "4", 0.9), ("requant", "4", 0.5)],
+        [
+            ("before", "8", 0.97), ("bypass", "8", 0.98), ("requant", "8", 0.95),
+            ("before", "4", 0.6), ("bypass", "4", 0.9), ("requant", "4", 0.5),
+        ],
     )
     def test_it_moves_the_latent_as_it_moves_the_whole_models(self, runs, policy, bits, least):
         """Cosine of the two differences of the latent after one call. In front of Quantize for "before", behind it for the others; beside
