@@ -78,7 +78,9 @@ def build(family: Family, scale: float) -> comfy.model_patcher.ModelPatcher:
     config.set_inference_dtype(torch.float32, None)
     model = config.get_model({}, "", device="cpu")
     generator = torch.Generator().manual_seed(2)
-    for name, parameter in sorted(model.diffusion_model.named_parameters()):
+    network = model.diffusion_model
+    tables = [(name, value) for name, value in network.named_buffers() if name == "pos_embed"]  # SD3's is whatever the memory held
+    for name, parameter in sorted((*network.named_parameters(), *tables), key=lambda entry: entry[0]):
         centre = 1.0 if "norm" in name and parameter.ndim == 1 and not name.endswith("bias") else 0.0
         parameter.data = centre + torch.randn(parameter.shape, generator=generator) * scale
     return comfy.model_patcher.ModelPatcher(model, torch.device("cpu"), torch.device("cpu"))
