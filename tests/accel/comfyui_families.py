@@ -153,12 +153,7 @@ def build(toy: Toy) -> comfy.model_patcher.ModelPatcher:
         number = {name: torch.full_like(value, 0.01) for name, value in made.items()}
         weights = {f"conditioner.conditioners.seconds_{end}.{name}": value for end in ("start", "total") for name, value in number.items()}
     model = config.get_model(weights, "", device="cpu").eval().requires_grad_(False)
-    generator = torch.Generator().manual_seed(2)
-    for name, tensor in sorted((*model.diffusion_model.named_parameters(), *model.diffusion_model.named_buffers())):
-        unset = name.endswith("pos_embed") or not torch.isfinite(tensor).all()  # SD3's table is whatever the memory held
-        if tensor.is_floating_point() and (isinstance(tensor, torch.nn.Parameter) or unset):
-            centre = 1.0 if "norm" in name and tensor.ndim == 1 and not name.endswith("bias") else 0.0
-            tensor.data = centre + torch.randn(tensor.shape, generator=generator) * 0.1
+    editing.draw_weights(model.diffusion_model, 0.1)
     return comfy.model_patcher.ModelPatcher(model, torch.device("cpu"), torch.device("cpu"))
 
 

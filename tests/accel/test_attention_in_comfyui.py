@@ -2,17 +2,11 @@
 
 from __future__ import annotations
 
-import json
-import os
-import subprocess
-import sys
-from pathlib import Path
-
 import pytest
+from rectiflow.tests.in_comfyui import answers_of
 
 pytestmark = pytest.mark.comfyui
 
-ROOT = Path(__file__).resolve().parents[2]
 STEPS = 4
 ATTENTIONS = {"Flux": 4, "Chroma": 4, "SD3": 3, "Lumina 2": 2, "Qwen-Image": 2, "Wan": 2, "HunyuanVideo": 4}
 EQUAL = 2e-5  # fp32 sums in another order, through every layer and four steps of pictures of size 1 to 10
@@ -20,13 +14,7 @@ EQUAL = 2e-5  # fp32 sums in another order, through every layer and four steps o
 
 @pytest.fixture(scope="module")
 def answers():
-    checkout, python = os.environ["COMFYUI_PATH"], os.environ.get("COMFYUI_PYTHON", sys.executable)
-    paths = [os.environ.get("PYTHONPATH", ""), checkout]
-    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(path for path in paths if path)}
-    command = [python, str(ROOT / "tests" / "accel" / "comfyui_attention.py"), str(ROOT)]
-    done = subprocess.run(command, env=environment, cwd=checkout, capture_output=True, text=True, timeout=300)
-    assert done.returncode == 0, done.stderr[-4000:]
-    return json.loads(done.stdout.strip().splitlines()[-1])
+    return answers_of("accel/comfyui_attention.py")
 
 
 @pytest.mark.parametrize("family", ATTENTIONS)

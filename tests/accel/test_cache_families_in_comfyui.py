@@ -2,17 +2,11 @@
 
 from __future__ import annotations
 
-import json
-import os
-import subprocess
-import sys
-from pathlib import Path
-
 import pytest
+from rectiflow.tests.in_comfyui import answers_of
 
 pytestmark = pytest.mark.comfyui
 
-ROOT = Path(__file__).resolve().parents[2]
 # Patches of ComfyUI 0.3.64 at the toys' depths; 0: the class offers none, and only the output can be kept.
 BLOCKS = {
     "Flux": 4, "SD3": 2, "HunyuanVideo": 4, "Wan": 2, "Qwen-Image": 2, "LTX-Video": 2, "Chroma": 4, "Wan VACE": 2, "Wan Camera": 2,
@@ -24,13 +18,7 @@ WITH_BLOCKS = [name for name, blocks in BLOCKS.items() if blocks]
 
 @pytest.fixture(scope="module")
 def answers():
-    checkout, python = os.environ["COMFYUI_PATH"], os.environ.get("COMFYUI_PYTHON", sys.executable)
-    paths = [os.environ.get("PYTHONPATH", ""), checkout]
-    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(path for path in paths if path)}
-    command = [python, str(ROOT / "tests" / "accel" / "comfyui_families.py"), str(ROOT)]
-    done = subprocess.run(command, env=environment, cwd=checkout, capture_output=True, text=True, timeout=300)
-    assert done.returncode == 0, done.stderr[-4000:]
-    return json.loads(done.stdout.strip().splitlines()[-1])
+    return answers_of("accel/comfyui_families.py")
 
 
 @pytest.mark.parametrize("family", BLOCKS)

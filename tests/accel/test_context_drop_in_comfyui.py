@@ -2,30 +2,18 @@
 
 from __future__ import annotations
 
-import json
-import os
-import subprocess
-import sys
-from pathlib import Path
-
 import pytest
+from rectiflow.tests.in_comfyui import answers_of
 
 pytestmark = pytest.mark.comfyui
 
-ROOT = Path(__file__).resolve().parents[2]
 # Attentions of a forward at the toys' depths, and image tokens with the text's: SD3's first block attends twice.
 DROPPING = {"Flux": 4, "Chroma": 4, "SD3": 3, "Lumina 2": 2, "Qwen-Image": 2, "Wan": 2, "HunyuanVideo": 4}
 
 
 @pytest.fixture(scope="module")
 def answers():
-    checkout, python = os.environ["COMFYUI_PATH"], os.environ.get("COMFYUI_PYTHON", sys.executable)
-    paths = [os.environ.get("PYTHONPATH", ""), checkout]
-    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(path for path in paths if path)}
-    command = [python, str(ROOT / "tests" / "accel" / "comfyui_context_drop.py"), str(ROOT)]
-    done = subprocess.run(command, env=environment, cwd=checkout, capture_output=True, text=True, timeout=300)
-    assert done.returncode == 0, done.stderr[-4000:]
-    return json.loads(done.stdout.strip().splitlines()[-1])
+    return answers_of("accel/comfyui_context_drop.py")
 
 
 @pytest.mark.parametrize("family", DROPPING)

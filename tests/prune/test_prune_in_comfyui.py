@@ -2,29 +2,17 @@
 
 from __future__ import annotations
 
-import json
-import os
-import subprocess
-import sys
-from pathlib import Path
-
 import pytest
+from rectiflow.tests.in_comfyui import answers_of
 
 pytestmark = pytest.mark.comfyui
 
-ROOT = Path(__file__).resolve().parents[2]
 FAMILIES = ("Flux", "SD3", "Wan")
 
 
 @pytest.fixture(scope="module")
 def answers(tmp_path_factory):
-    checkout, python = os.environ["COMFYUI_PATH"], os.environ.get("COMFYUI_PYTHON", sys.executable)
-    paths = [os.environ.get("PYTHONPATH", ""), checkout]
-    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(path for path in paths if path)}
-    command = [python, str(ROOT / "tests" / "prune" / "comfyui_prune.py"), str(ROOT), str(tmp_path_factory.mktemp("output"))]
-    done = subprocess.run(command, env=environment, cwd=checkout, capture_output=True, text=True, timeout=300)
-    assert done.returncode == 0, done.stderr[-4000:]
-    return json.loads(done.stdout.strip().splitlines()[-1])
+    return answers_of("prune/comfyui_prune.py", str(tmp_path_factory.mktemp("output")))
 
 
 @pytest.mark.parametrize("family", FAMILIES)

@@ -2,17 +2,11 @@
 
 from __future__ import annotations
 
-import json
-import os
-import subprocess
-import sys
-from pathlib import Path
-
 import pytest
+from rectiflow.tests.in_comfyui import answers_of
 
 pytestmark = pytest.mark.comfyui
 
-ROOT = Path(__file__).resolve().parents[2]
 KINDS = {
     "Flux": ["ffn", "heads", "txt_ffn"], "HunyuanVideo": ["ffn", "heads", "txt_ffn"], "SD3": ["ffn", "heads", "heads2", "txt_ffn"],
     "Qwen-Image": ["ffn", "heads", "txt_ffn"], "Wan": ["ffn"], "LTX-Video": ["ffn"],
@@ -21,13 +15,7 @@ KINDS = {
 
 @pytest.fixture(scope="module")
 def answers():
-    checkout, python = os.environ["COMFYUI_PATH"], os.environ.get("COMFYUI_PYTHON", sys.executable)
-    paths = [os.environ.get("PYTHONPATH", ""), checkout]
-    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(path for path in paths if path)}
-    command = [python, str(ROOT / "tests" / "prune" / "comfyui_width.py"), str(ROOT)]
-    done = subprocess.run(command, env=environment, cwd=checkout, capture_output=True, text=True, timeout=300)
-    assert done.returncode == 0, done.stderr[-4000:]
-    return json.loads(done.stdout.strip().splitlines()[-1])
+    return answers_of("prune/comfyui_width.py")
 
 
 @pytest.mark.parametrize("family", KINDS)

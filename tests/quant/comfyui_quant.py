@@ -44,8 +44,6 @@ class Runs:
 
     def __init__(self, nodes: dict, family):
         self.nodes, self.toy = nodes, Toy(nodes, family, 0.08)
-        for buffer in self.toy.model.model.diffusion_model.buffers():  # SD3's positions are made empty: what lies there may be NaN
-            buffer.copy_(torch.randn(buffer.shape, generator=torch.Generator().manual_seed(8)) * 0.08)
         self.pack = nodes["RectiflowQuantize"].__module__.rsplit(".nodes.", 1)[0]
 
     def part(self, name: str):

@@ -73,16 +73,21 @@ FAMILIES = {
 }
 
 
+def draw_weights(network: torch.nn.Module, scale: float) -> None:
+    """Random parameters, norms around one; of the buffers SD3's table of positions and what is not finite, which the classes leave unset."""
+    generator = torch.Generator().manual_seed(2)
+    for name, tensor in sorted((*network.named_parameters(), *network.named_buffers()), key=lambda entry: entry[0]):
+        unset = isinstance(tensor, torch.nn.Parameter) or name == "pos_embed" or not torch.isfinite(tensor).all()
+        if unset and tensor.is_floating_point():
+            centre = 1.0 if "norm" in name and tensor.ndim == 1 and not name.endswith("bias") else 0.0
+            tensor.data = centre + torch.randn(tensor.shape, generator=generator) * scale
+
+
 def build(family: Family, scale: float) -> comfy.model_patcher.ModelPatcher:
     config = family.config(dict(family.sizes))
     config.set_inference_dtype(torch.float32, None)
     model = config.get_model({}, "", device="cpu")
-    generator = torch.Generator().manual_seed(2)
-    network = model.diffusion_model
-    tables = [(name, value) for name, value in network.named_buffers() if name == "pos_embed"]  # SD3's is whatever the memory held
-    for name, parameter in sorted((*network.named_parameters(), *tables), key=lambda entry: entry[0]):
-        centre = 1.0 if "norm" in name and parameter.ndim == 1 and not name.endswith("bias") else 0.0
-        parameter.data = centre + torch.randn(parameter.shape, generator=generator) * scale
+    draw_weights(model.diffusion_model, scale)
     return comfy.model_patcher.ModelPatcher(model, torch.device("cpu"), torch.device("cpu"))
 
 

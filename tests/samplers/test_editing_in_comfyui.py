@@ -2,30 +2,18 @@
 
 from __future__ import annotations
 
-import json
-import os
-import subprocess
-import sys
-from pathlib import Path
-
 import pytest
+from rectiflow.tests.in_comfyui import answers_of
 
 pytestmark = pytest.mark.comfyui
 
-ROOT = Path(__file__).resolve().parents[2]
 # Image tokens and text tokens in the values of one block; Wan and LTX-Video read their text in another attention.
 TOKENS = {"Flux": 12 + 5, "SD3": 12 + 5, "HunyuanVideo": 36 + 5, "Wan": 36, "Qwen-Image": 12 + 5, "LTX-Video": 36}
 
 
 @pytest.fixture(scope="module")
 def answers():
-    checkout, python = os.environ["COMFYUI_PATH"], os.environ.get("COMFYUI_PYTHON", sys.executable)
-    paths = [os.environ.get("PYTHONPATH", ""), checkout]
-    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(path for path in paths if path)}
-    command = [python, str(ROOT / "tests" / "samplers" / "comfyui_editing.py"), str(ROOT)]
-    done = subprocess.run(command, env=environment, cwd=checkout, capture_output=True, text=True, timeout=300)
-    assert done.returncode == 0, done.stderr[-4000:]
-    return json.loads(done.stdout.strip().splitlines()[-1])
+    return answers_of("samplers/comfyui_editing.py")
 
 
 @pytest.mark.parametrize("family", TOKENS)
