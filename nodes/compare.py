@@ -155,19 +155,20 @@ class RectiflowModelCompare(Node):
         from ..metrics.fidelity import figures
         from ..metrics.model_sheet import model_captions, model_csv, model_row, model_table, shrunk
         from ..metrics.picture_grid import GridLayout, picture_grid
-        from .metrics import RectiflowFeatureDistance
+        from .metrics import RectiflowFeatureDistance, tiny_eye
 
         given = {slot: models[f"model_{slot}"] for slot in range(1, MODELS + 1) if models.get(f"model_{slot}") is not None}
         lines = dict(enumerate((line.strip() for line in labels.strip("\n").split("\n")), start=1))
         bar = ProgressBar(len(given) * (rounds + 1) * max(len(sigmas) - 1, 1))
+        eye = tiny_eye()
         rows, pictures, latents, timed = [], [], [], {}
         for slot, model in given.items():
             latent, timed[slot] = self._timed(model, (positive, negative, cfg), (noise, latent_image, bar), (sampler, sigmas), rounds)
             picture = vae.decode(latent)[..., :3].float().cpu()
             picture = picture.reshape(-1, *picture.shape[-3:])  # frames of clips count as pictures
-            near = figures(picture, pictures[0] if pictures else picture, None, "gaussian", where=self.TITLE)
-            seen = RectiflowFeatureDistance().run(shrunk(picture), shrunk(pictures[0] if pictures else picture), 0.2, FEATURES, 0)[0]
             pictures.append(picture)
+            near = figures(picture, pictures[0], None, "gaussian", where=self.TITLE)
+            seen = RectiflowFeatureDistance().run(shrunk(picture), shrunk(pictures[0]), 0.2, FEATURES, 0, **eye)[0]
             latents.append(latent)
             distances = (float(near.psnr.mean()), float(near.ssim.mean()), seen)
             label = lines.get(slot) or f"model {slot}"

@@ -15,6 +15,14 @@ _PSNR = Output("FLOAT", "psnr", "Peak signal to noise ratio in dB, infinite for 
 _SSIM = Output("FLOAT", "ssim", "Structural similarity, 1 for equal pictures; mean over the batch.")
 
 
+def tiny_eye() -> dict:
+    """The tiny model as model, vae and conditioning of Feature Distance."""
+    from .tiny import RectiflowLoadTiny
+
+    model, clip, vae = RectiflowLoadTiny().run()
+    return {"model": model, "vae": vae, "conditioning": clip.encode_from_tokens_scheduled(clip.tokenize(""))}
+
+
 def _colours(image):
     return image[..., :3]
 
@@ -117,15 +125,12 @@ class RectiflowFeatureDistance(Node):
         given = {"model": model, "vae": vae, "conditioning": conditioning}
         missing = [name for name, value in given.items() if value is None]
         if len(missing) == len(given):
-            from .tiny import RectiflowLoadTiny
-
-            model, clip, vae = RectiflowLoadTiny().run()
-            return model, vae, clip.encode_from_tokens_scheduled(clip.tokenize(""))
-        if missing:
+            given = tiny_eye()
+        elif missing:
             remedy = "Link all three, or none for the tiny model."
             linked = " and ".join(name for name in given if name not in missing)
             raise input_error(self.TITLE, missing[0], None, f"a link, since {linked} has one", remedy)
-        return model, vae, conditioning
+        return given["model"], given["vae"], given["conditioning"]
 
     @staticmethod
     def _measure(model, conditioning, latent, sigma: float, seed: int, distances) -> None:

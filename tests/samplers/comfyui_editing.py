@@ -74,7 +74,7 @@ FAMILIES = {
 
 
 def draw_weights(network: torch.nn.Module, scale: float) -> None:
-    """Random parameters, norms around one; of the buffers SD3's table of positions and what is not finite, which the classes leave unset."""
+    """Random parameters, norms around one; SD3's table of positions too, and buffers that are not finite: the classes leave them unset."""
     generator = torch.Generator().manual_seed(2)
     for name, tensor in sorted((*network.named_parameters(), *network.named_buffers()), key=lambda entry: entry[0]):
         unset = isinstance(tensor, torch.nn.Parameter) or name == "pos_embed" or not torch.isfinite(tensor).all()
