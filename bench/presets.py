@@ -13,16 +13,15 @@ import argparse
 import json
 
 import torch
-from rectiflow.accel.cache.binding import attach
 from rectiflow.accel.cache.policy import Limits
 from rectiflow.accel.cache.preset import FOLDER
-from rectiflow.accel.cache.report import CacheLog
 from rectiflow.accel.cache.schedule import CacheSchedule
 from rectiflow.accel.cache.schedule_search import SearchOptions, search_schedule
 from rectiflow.accel.cache.scheduled import ScheduledCache
 from rectiflow.accel.cache.search import even_steps
 from rectiflow.accel.cache.spread import SpreadCache, SpreadSchedule, budget_of
 from rectiflow.accel.cache.visits import CachePlan
+from rectiflow.host import calculate_sigmas
 from schedules import HELD_OUT, LEARN, Bench
 from table import write_csv
 
@@ -54,14 +53,12 @@ def kept_points(bench: Bench, plain: torch.Tensor, prompts, steps: int, target: 
 def spread_over(bench: Bench, points: list[dict], prompts, made_for: int, steps: int, add) -> None:
     """Points of a preset on runs of `steps`, beside even ones."""
     plain = bench.sample(bench.model, prompts, 1, steps)
+    sigmas = tuple(calculate_sigmas(bench.model.get_model_object("model_sampling"), "simple", steps).tolist())
     for point in points:
         order, speed, target = point["settings"]["order"], point["ratio"], point["target"]
         schedule = SpreadSchedule(tuple(point["shares"]), speed, made_for, tuple(point.get("reach", ())))
         plan = CachePlan(SpreadCache(order, speed=speed), target, Limits(), schedule=schedule)
         add(steps, made_for, target, order, "spread", *bench.figures(plan, plain, prompts, steps), "", "")
-        log = CacheLog()
-        bench.sample(attach(bench.model, CachePlan(SpreadCache(), "output"), log, "bench"), prompts[:1], 1, steps)
-        sigmas = tuple(visit.sigma for visit in log.last.visits) + (0.0,)
         even = CacheSchedule(sigmas, even_steps(steps, budget_of(speed, steps)), order)
         plan = CachePlan(ScheduledCache.of(even), target, schedule=even)
         add(steps, "", target, order, "even", *bench.figures(plan, plain, prompts, steps), "", "")

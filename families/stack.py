@@ -16,6 +16,7 @@ from torch import Tensor
 
 from ..errors import NodeInputError, input_error
 from .blocks import block_layout
+from .tokens import is_nextdit
 
 __all__ = ["COUNTED_BY_WIDTH", "SUPPORTED", "Stack", "StackBlock", "State", "depth_is_counted", "stack_of"]
 
@@ -110,7 +111,7 @@ def stack_of(transformer: Any, where: str) -> Stack:
 
     Raises: NodeInputError for a family whose blocks cannot be exchanged.
     """
-    if all(hasattr(transformer, part) for part in ("patchify_and_embed", "unpatchify", "layers", "noise_refiner")):
+    if is_nextdit(transformer):
         family = "Lumina 2"
     else:
         try:

@@ -18,7 +18,7 @@ from ..errors import input_error
 from .arch import arch_spec
 from .blocks import BlockKey
 
-__all__ = ["SUPPORTED", "TokenSpec", "attention_spec", "token_spec"]
+__all__ = ["is_nextdit", "SUPPORTED", "TokenSpec", "attention_spec", "token_spec"]
 
 SUPPORTED = "Flux, Chroma, SD3, Lumina 2 (NextDiT), Qwen-Image, Wan"
 _CONTROL = MappingProxyType({
@@ -70,13 +70,18 @@ def attention_spec(transformer: Any, where: str) -> TokenSpec:
     return token_spec(transformer, where)
 
 
+def is_nextdit(transformer: Any) -> bool:
+    """Whether it is Lumina 2's class or a kin of it."""
+    return all(hasattr(transformer, part) for part in ("patchify_and_embed", "unpatchify", "layers", "noise_refiner"))
+
+
 def token_spec(transformer: Any, where: str) -> TokenSpec:
     """The spec of `transformer` (a model's `diffusion_model`).
 
     Raises: NodeInputError for a family whose tokens cannot be reached, naming what would work.
     """
     name = type(transformer).__name__
-    if all(hasattr(transformer, part) for part in ("patchify_and_embed", "unpatchify", "layers", "noise_refiner")):
+    if is_nextdit(transformer):
         attention = transformer.layers[0].attention
         repeat = attention.n_local_heads // attention.n_local_kv_heads
         return TokenSpec("NextDiT", _patch(transformer), (), len(transformer.layers), repeat)

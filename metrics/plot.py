@@ -9,12 +9,12 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-__all__ = ["Chart", "Series", "line_chart"]
+__all__ = ["SMOOTH", "Chart", "Series", "as_picture", "line_chart"]
 
 # Seven colours that people with any kind of colour blindness tell apart (Okabe and Ito), black last.
 _COLOURS = ((0, 114, 178), (213, 94, 0), (0, 158, 115), (204, 121, 167), (230, 159, 0), (86, 180, 233), (20, 20, 20))
 _MARKERS = ("disc", "square", "diamond", "triangle")
-_SMOOTH = 2  # drawn at this multiple and scaled down, since Pillow's lines have hard edges
+SMOOTH = 2  # drawn at this multiple and scaled down, since Pillow's lines have hard edges
 
 
 @dataclass(frozen=True)
@@ -91,9 +91,6 @@ def _round_ticks(low: float, high: float) -> tuple[float, ...]:
 
 def line_chart(series: Sequence[Series], chart: Chart) -> Tensor:
     """The chart as a picture, `(1, height, width, 3)` float32 in 0…1 on the CPU."""
-    import numpy
-    from PIL import Image
-
     drawn = [[point for point in line.points if _drawable(point, chart)] for line in series]
     x_axis = _axis([x for line in drawn for x, _ in line], chart.log_x, chart.x_ticks)
     y_axis = _axis([y for line in drawn for _, y in line], chart.log_y)
@@ -102,7 +99,15 @@ def line_chart(series: Sequence[Series], chart: Chart) -> Tensor:
     for number, points in enumerate(drawn):
         sheet.line(number, points)
     sheet.legend()
-    small = sheet.image.resize((chart.width, chart.height), Image.Resampling.LANCZOS)
+    return as_picture(sheet.image)
+
+
+def as_picture(sheet) -> Tensor:
+    """A Pillow sheet that was drawn at SMOOTH as IMAGE `(1, h, w, 3)`, float32 in 0…1."""
+    import numpy
+    from PIL import Image
+
+    small = sheet.resize((sheet.width // SMOOTH, sheet.height // SMOOTH), Image.Resampling.LANCZOS)
     return torch.from_numpy(numpy.asarray(small, dtype=numpy.float32) / 255.0).unsqueeze(0)
 
 
@@ -120,14 +125,14 @@ class _Sheet:
         from PIL import Image, ImageDraw, ImageFont
 
         self.chart, self.x_axis, self.y_axis, self.names = chart, x_axis, y_axis, names
-        self.image = Image.new("RGB", (chart.width * _SMOOTH, chart.height * _SMOOTH), self.paper)
+        self.image = Image.new("RGB", (chart.width * SMOOTH, chart.height * SMOOTH), self.paper)
         self.draw = ImageDraw.Draw(self.image)
-        self.font, self.title_font = ImageFont.load_default(14 * _SMOOTH), ImageFont.load_default(17 * _SMOOTH)
+        self.font, self.title_font = ImageFont.load_default(14 * SMOOTH), ImageFont.load_default(17 * SMOOTH)
         widest = max((self.font.getlength(name) for name in names), default=0.0)
         ticks = max((self.font.getlength(_number(tick)) for tick in y_axis.ticks), default=0.0)
-        self.left = ticks + 42 * _SMOOTH
-        self.right = self.image.width - (widest + 58 * _SMOOTH if widest else 20 * _SMOOTH)
-        self.top, self.bottom = 40 * _SMOOTH, self.image.height - 54 * _SMOOTH
+        self.left = ticks + 42 * SMOOTH
+        self.right = self.image.width - (widest + 58 * SMOOTH if widest else 20 * SMOOTH)
+        self.top, self.bottom = 40 * SMOOTH, self.image.height - 54 * SMOOTH
 
     def at(self, x: float, y: float) -> tuple[float, float]:
         across = self.left + self.x_axis.place(x) * (self.right - self.left)
@@ -137,36 +142,36 @@ class _Sheet:
         """Grid, tick numbers, the two axes' names and the title."""
         for tick in self.x_axis.ticks:
             x = self.left + self.x_axis.place(tick) * (self.right - self.left)
-            self.draw.line((x, self.top, x, self.bottom), self.faint, _SMOOTH)
-            self.draw.text((x, self.bottom + 6 * _SMOOTH), _number(tick), self.ink, self.font, anchor="mt")
+            self.draw.line((x, self.top, x, self.bottom), self.faint, SMOOTH)
+            self.draw.text((x, self.bottom + 6 * SMOOTH), _number(tick), self.ink, self.font, anchor="mt")
         for tick in self.y_axis.ticks:
             y = self.bottom - self.y_axis.place(tick) * (self.bottom - self.top)
-            self.draw.line((self.left, y, self.right, y), self.faint, _SMOOTH)
-            self.draw.text((self.left - 6 * _SMOOTH, y), _number(tick), self.ink, self.font, anchor="rm")
-        self.draw.rectangle((self.left, self.top, self.right, self.bottom), outline=self.ink, width=_SMOOTH)
+            self.draw.line((self.left, y, self.right, y), self.faint, SMOOTH)
+            self.draw.text((self.left - 6 * SMOOTH, y), _number(tick), self.ink, self.font, anchor="rm")
+        self.draw.rectangle((self.left, self.top, self.right, self.bottom), outline=self.ink, width=SMOOTH)
         middle = (self.left + self.right) / 2
-        self.draw.text((middle, self.image.height - 10 * _SMOOTH), self.chart.x_label, self.ink, self.font, anchor="mb")
-        self.draw.text((self.left, 12 * _SMOOTH), self.chart.title, self.ink, self.title_font, anchor="lt")
+        self.draw.text((middle, self.image.height - 10 * SMOOTH), self.chart.x_label, self.ink, self.font, anchor="mb")
+        self.draw.text((self.left, 12 * SMOOTH), self.chart.title, self.ink, self.title_font, anchor="lt")
         self._upright(self.chart.y_label)
 
     def _upright(self, text: str) -> None:
         from PIL import Image, ImageDraw
 
-        strip = Image.new("RGB", (round(self.font.getlength(text)) + 4, 22 * _SMOOTH), self.paper)
-        ImageDraw.Draw(strip).text((2, 11 * _SMOOTH), text, self.ink, self.font, anchor="lm")
+        strip = Image.new("RGB", (round(self.font.getlength(text)) + 4, 22 * SMOOTH), self.paper)
+        ImageDraw.Draw(strip).text((2, 11 * SMOOTH), text, self.ink, self.font, anchor="lm")
         turned = strip.rotate(90, expand=True)
-        self.image.paste(turned, (6 * _SMOOTH, round((self.top + self.bottom - turned.height) / 2)))
+        self.image.paste(turned, (6 * SMOOTH, round((self.top + self.bottom - turned.height) / 2)))
 
     def line(self, number: int, points: Sequence[tuple[float, float]]) -> None:
         colour = _COLOURS[number % len(_COLOURS)]
         places = [self.at(x, y) for x, y in sorted(points)]
         if len(places) > 1:
-            self.draw.line(places, colour, 2 * _SMOOTH, joint="curve")
+            self.draw.line(places, colour, 2 * SMOOTH, joint="curve")
         for place in places:
             self.marker(number, place)
 
     def marker(self, number: int, place: tuple[float, float]) -> None:
-        (x, y), r, colour = place, 4.5 * _SMOOTH, _COLOURS[number % len(_COLOURS)]
+        (x, y), r, colour = place, 4.5 * SMOOTH, _COLOURS[number % len(_COLOURS)]
         shape = _MARKERS[(number + number // len(_COLOURS)) % len(_MARKERS)]
         if shape == "disc":
             self.draw.ellipse((x - r, y - r, x + r, y + r), colour)
@@ -177,15 +182,15 @@ class _Sheet:
             self.draw.polygon(corners if shape == "diamond" else [corners[0], (x + 1.2 * r, y + r), (x - 1.2 * r, y + r)], colour)
 
     def legend(self) -> None:
-        left = self.right + 14 * _SMOOTH
+        left = self.right + 14 * SMOOTH
         for number, name in enumerate(self.names):
             if not name:
                 continue
-            y = self.top + (12 + 22 * number) * _SMOOTH
+            y = self.top + (12 + 22 * number) * SMOOTH
             colour = _COLOURS[number % len(_COLOURS)]
-            self.draw.line((left, y, left + 24 * _SMOOTH, y), colour, 2 * _SMOOTH)
-            self.marker(number, (left + 12 * _SMOOTH, y))
-            self.draw.text((left + 30 * _SMOOTH, y), name, self.ink, self.font, anchor="lm")
+            self.draw.line((left, y, left + 24 * SMOOTH, y), colour, 2 * SMOOTH)
+            self.marker(number, (left + 12 * SMOOTH, y))
+            self.draw.text((left + 30 * SMOOTH, y), name, self.ink, self.font, anchor="lm")
 
 
 def _number(value: float) -> str:

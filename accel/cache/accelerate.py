@@ -7,6 +7,10 @@ from typing import Any
 
 from ...errors import input_error
 from ...families.arch import arch_spec
+from ..attention.dispatch import KEY as ATTENTION
+from ..attention.rope import KEY as ROPE
+from ..region.binding import KEY as REGION
+from .binding import KEY as CACHE
 from .policy import Limits
 from .preset import MOST_SPEED, Point, Preset, preset_for
 from .recording import Recording
@@ -19,12 +23,7 @@ from .visits import CachePlan
 
 __all__ = ["Chosen", "calibrated", "companions", "from_preset", "replayed"]
 
-REGION = "rectiflow_ras"
-KNOWN = {
-    REGION: "region-adaptive sampling", "rectiflow_attention": "grouped attention", "rectiflow_rope": "RoPE extrapolation",
-    "torch.compile": "torch.compile",
-}  # fmt: skip
-CACHE = "rectiflow_cache"
+KNOWN = {REGION: "region-adaptive sampling", ATTENTION: "grouped attention", ROPE: "RoPE extrapolation", "torch.compile": "torch.compile"}
 
 
 @dataclass(frozen=True)
@@ -35,13 +34,17 @@ class Chosen:
     text: str
 
 
+def _check_speed(speed: float, where: str) -> None:
+    if not 1.0 <= speed <= MOST_SPEED:
+        raise input_error(where, "speed", speed, f"1 to {MOST_SPEED:g}", "1 is off, 2 computes half of the steps.")
+
+
 def from_preset(model: Any, speed: float, where: str) -> Chosen:
     """For MODEL `model` as it stands. speed: 1, off, to 4.
 
     Raises: NodeInputError for other speeds.
     """
-    if not 1.0 <= speed <= MOST_SPEED:
-        raise input_error(where, "speed", speed, f"1 to {MOST_SPEED:g}", "1 is off, 2 computes half of the steps.")
+    _check_speed(speed, where)
     network = model.get_model_object("diffusion_model")
     if speed == 1.0:
         return _told(CachePlan(SpreadCache()), model, "speed 1: off, every step is computed")
@@ -87,8 +90,7 @@ def calibrated(model: Any, recording: Recording, speed: float, where: str) -> Ch
 
     Raises: NodeInputError for a recording without a whole run, and speeds from 1 to 4 that are none.
     """
-    if not 1.0 <= speed <= MOST_SPEED:
-        raise input_error(where, "speed", speed, f"1 to {MOST_SPEED:g}", "1 is off, 2 computes half of the steps.")
+    _check_speed(speed, where)
     runs = recording.whole_runs(where)
     metric = "guided" if all(len(run.guided) == run.steps for run in runs) else "rel_l2"
     weights = "amplified" if any(run.amplification for run in runs) else "dsigma"

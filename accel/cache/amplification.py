@@ -55,11 +55,12 @@ class Sampling:
 
 
 class Watched:
-    """States and guided velocities of a run, as its sampler reports them before each step."""
+    """Guided velocities of a run, as its sampler reports them before each step, and the states behind at most `probes` steps."""
 
-    def __init__(self, sampling: Sampling):
+    def __init__(self, sampling: Sampling, probes: int):
         self.sampling = sampling
         self.sigmas = sampling.get("sigmas")
+        self.probed = probe_steps(len(self.sigmas) - 1, probes)
         self.states: dict[int, Tensor] = {}
         self.velocities: dict[int, Tensor] = {}
 
@@ -69,7 +70,8 @@ class Watched:
         def callback(step: int, denoised: Tensor, x: Tensor, total: int, *more: Any) -> None:
             sigma = float(self.sigmas[step]) if 0 <= step < len(self.sigmas) else 0.0
             if sigma > 0:
-                self.states[step] = x.detach().clone()
+                if step - 1 in self.probed:
+                    self.states[step] = x.detach().clone()
                 self.velocities[step] = (x.float() - denoised.float()) / sigma
             if told is not None:
                 told(step, denoised, x, total, *more)
@@ -86,13 +88,13 @@ def probe_steps(steps: int, count: int) -> tuple[int, ...]:
     return tuple(sorted({round(1 + i * (last - 1) / max(count - 1, 1)) for i in range(count)}))
 
 
-def amplification(watched: Watched, result: Tensor, count: int) -> dict[int, float]:
-    """Step → A_l at `probe_steps`; empty where a run cannot be continued from its states: with a mask, or rising sigmas."""
+def amplification(watched: Watched, result: Tensor) -> dict[int, float]:
+    """Step → A_l at the probed steps; empty where a run cannot be continued from its states: with a mask, or rising sigmas."""
     sigmas, steps = watched.sigmas, len(watched.sigmas) - 1
     if watched.sampling.get("denoise_mask") is not None or steps < 3 or not bool((sigmas[:-1] > sigmas[1:]).all()):
         return {}
     found = {}
-    for step in probe_steps(steps, count):
+    for step in watched.probed:
         if not {step - 1, step} <= watched.velocities.keys() or step + 1 not in watched.states:
             continue
         off = watched.velocities[step - 1] - watched.velocities[step]

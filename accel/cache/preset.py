@@ -27,6 +27,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from .schedule import is_reach
+
 __all__ = ["FOLDER", "MOST_SPEED", "Point", "Preset", "preset_for", "read_preset", "shipped_presets"]
 
 FOLDER = Path(__file__).with_name("presets")
@@ -121,7 +123,7 @@ def _point(entry: Any, steps: int, where: str) -> Point:
         if not rising or not shares or shares[0] != 0 or shares[-1] >= 1:
             raise ValueError(f"{where}: shares do not rise from 0 to below 1")
     reach = entry.get("reach", [])
-    if not isinstance(reach, list) or len(reach) not in (0, steps) or not all(_is_number(one) and 0 <= one <= 4 for one in reach):
+    if not is_reach(reach, steps):
         raise ValueError(f"{where}: reach is neither absent nor {steps} numbers from 0 to 4")
     return Point(
         float(entry["ratio"]), entry.get("psnr"), entry.get("psnr_worst"), entry["policy"], entry["target"], dict(settings), tuple(shares),

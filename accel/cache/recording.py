@@ -124,10 +124,11 @@ class _Recording(RunState):
         self.run = run
 
     def sample(self, sampling: Sampling) -> Tensor:
-        recording, watched = self.policy.recording, Watched(sampling)
+        recording = self.policy.recording
+        watched = Watched(sampling, recording.options.probes)
         result = watched.run()
         self.run.guided = {step: recording.sample([velocity]) for step, velocity in watched.velocities.items()}
-        self.run.amplification = amplification(watched, result, recording.options.probes)
+        self.run.amplification = amplification(watched, result)
         return result
 
     def observe(self, seen: Observation) -> None:

@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 import math
 import re
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass, fields
 from typing import Any
 
@@ -17,7 +17,7 @@ from ...errors import input_error
 from .forecast import BASES
 from .policy import RunFacts
 
-__all__ = ["CacheSchedule", "computed_steps", "manual_schedule", "read_schedule", "steps_of_text"]
+__all__ = ["CacheSchedule", "computed_steps", "is_reach", "manual_schedule", "nearest_reach", "read_schedule", "steps_of_text"]
 
 VERSION = 1
 MOST_STEPS, MOST_CHARACTERS = 2000, 200_000
@@ -77,7 +77,7 @@ class CacheSchedule:
     def reach_for(self, facts: RunFacts) -> tuple[float, ...]:
         """Of every step of a run, the reach of the nearest step in sigma that has one; empty for 1 throughout."""
         own = [(self.sigmas[step], reach) for step, reach in enumerate(self.reach) if step not in self.computed]
-        return tuple(min(own, key=lambda one: abs(one[0] - sigma))[1] for sigma in facts.sigmas[:-1]) if own else ()
+        return nearest_reach(own, facts.sigmas[:-1])
 
     def json(self) -> str:
         data = {"rectiflow_schedule": VERSION, "mask": self.mask, **asdict(self)}
@@ -157,8 +157,18 @@ def _settings(data: dict, where: str, input_name: str) -> dict[str, Any]:
     return found
 
 
+def is_reach(value: object, steps: int) -> bool:
+    """Whether it is a list with nothing, or with a number from 0 to 4 for each of `steps`."""
+    return isinstance(value, list) and len(value) in (0, steps) and all(_is_number(reach) and 0 <= reach <= 4 for reach in value)
+
+
+def nearest_reach(own: Sequence[tuple[float, float]], places: Iterable[float]) -> tuple[float, ...]:
+    """The reach of the nearest of `own`, pairs (place, reach), for each of `places`; empty without any."""
+    return tuple(min(own, key=lambda one: abs(one[0] - place))[1] for place in places) if own else ()
+
+
 def _reach(value: object, steps: int, where: str, input_name: str) -> tuple[float, ...]:
-    if not isinstance(value, list) or len(value) not in (0, steps) or not all(_is_number(reach) and 0 <= reach <= 4 for reach in value):
+    if not is_reach(value, steps):
         raise _unreadable(where, input_name, value, f"reach: nothing, or {steps} numbers from 0 to 4")
     return tuple(float(reach) for reach in value)
 

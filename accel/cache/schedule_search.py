@@ -110,7 +110,7 @@ class ForecastCosts:
         """(len(steps),) float64, the error of each step served from the computed steps of `history`, rising."""
         mix = self._mix(history, steps)  # (l, k)
         if self.fits(history):
-            reach = self.reach(history, steps).to(mix)
+            reach = self.reach(history, steps, mix).to(mix)
             mix = mix * reach[:, None]
             mix[:, -1] += 1 - reach
         total = torch.zeros(len(steps), dtype=torch.float64)
@@ -125,9 +125,9 @@ class ForecastCosts:
     def fits(self, history: Sequence[int]) -> bool:
         return self.options.fitted and self.options.order == 1 and len(history) == 2
 
-    def reach(self, history: Sequence[int], steps: range) -> Tensor:
-        """(len(steps),) float64, r of each step served along the line through the two steps of `history`."""
-        mix = self._mix(history, steps)
+    def reach(self, history: Sequence[int], steps: range, mix: Tensor) -> Tensor:
+        """(len(steps),) float64, r of each step served along the line through the two steps of `history`; mix: of these, see _mix."""
+        mix = mix.clone()
         mix[:, -1] -= 1  # from the latest computed step on
         along, square = torch.zeros(len(steps), dtype=torch.float64), torch.zeros(len(steps), dtype=torch.float64)
         for conditions in self.pictures:
@@ -179,7 +179,8 @@ class ForecastCosts:
         found = [1.0] * self.steps
         for j, i, end in zip(computed, computed[1:], (*computed[2:], self.steps)):
             if self.fits((j, i)) and end - i > 1:
-                found[i + 1 : end] = [round(float(reach), 4) for reach in self.reach((j, i), range(i + 1, end))]
+                inner = range(i + 1, end)
+                found[i + 1 : end] = [round(float(reach), 4) for reach in self.reach((j, i), inner, self._mix((j, i), inner))]
         return tuple(found) if self.options.fitted and self.options.order == 1 else ()
 
     def _mix(self, history: Sequence[int], steps: range) -> Tensor:

@@ -15,6 +15,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from .policy import Action, Choice, Policy, RunFacts, Visit
+from .schedule import nearest_reach
 from .search import even_steps
 
 __all__ = ["SpreadCache", "SpreadSchedule", "budget_of", "spread"]
@@ -64,8 +65,7 @@ class SpreadSchedule:
             return ()
         computed = {round(share * self.made_for) for share in self.shares}
         own = [(step / self.made_for, reach) for step, reach in enumerate(self.reach) if step not in computed]
-        shares = [step / facts.steps for step in range(facts.steps)]
-        return tuple(min(own, key=lambda one: abs(one[0] - share))[1] for share in shares) if own else ()
+        return nearest_reach(own, (step / facts.steps for step in range(facts.steps)))
 
     def note(self, facts: RunFacts) -> str:
         if facts.steps and facts.sigmas[0] < facts.sigmas[-1]:
