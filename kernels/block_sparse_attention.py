@@ -20,6 +20,8 @@ from functools import cached_property
 import torch
 import torch.nn.functional as F
 
+from .backend import takes_triton
+
 __all__ = ["BlockLayout", "block_sparse_attention", "reference", "torch_path"]
 
 GATHERED = 1 << 23  # elements of keys that are gathered at a time: 32 MiB in fp32, of which a block's share stays in a core's cache
@@ -171,15 +173,15 @@ def block_sparse_attention(
     """
     if not q.shape == k.shape == v.shape or q.ndim != 4 or q.shape[2] != layout.tokens:
         raise ValueError(f"block_sparse_attention: q, k, v {tuple(q.shape)}, {tuple(k.shape)}, {tuple(v.shape)}; {layout.tokens} tokens")
-    if backend not in ("auto", "torch", "triton"):
-        raise ValueError(f"block_sparse_attention: backend '{backend}'; allowed: auto, torch, triton")
-    if backend == "triton" or backend == "auto" and q.is_cuda:
-        from . import block_sparse_triton as kernel
+    bias = four_axes(bias)
 
-        bias = four_axes(bias)
-        reason = kernel.unfit(q, bias)
-        if not reason:
-            return kernel.launch(q, k, v, layout, bias, with_lse)
-        if backend == "triton":
-            raise ValueError(f"block_sparse_attention: backend 'triton' {reason}")
+    def unfit() -> str:
+        from . import block_sparse_triton  # Triton is imported where it is asked for
+
+        return block_sparse_triton.unfit(q, bias)
+
+    if takes_triton("block_sparse_attention", backend, q.is_cuda, unfit):
+        from .block_sparse_triton import launch
+
+        return launch(q, k, v, layout, bias, with_lse)
     return torch_path(q, k, v, layout, bias, with_lse)

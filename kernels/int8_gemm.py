@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import torch
 
+from .backend import takes_triton
 from .form import Form
 
 try:
@@ -175,14 +176,8 @@ def int8_gemm_scaled(
     if x.dtype != torch.int8 or weight.dtype != torch.int8 or x.ndim != 2 or x.shape[1:] != weight.shape[1:]:
         given = f"{x.dtype} {tuple(x.shape)} and {weight.dtype} {tuple(weight.shape)}"
         raise ValueError(f"int8_gemm_scaled: {given}; int8 (m, k) and (n, k) are needed")
-    if backend not in ("auto", "torch", "triton"):
-        raise ValueError(f"int8_gemm_scaled: backend '{backend}'; allowed: auto, torch, triton")
-    if backend == "triton" or backend == "auto" and x.is_cuda:
-        reason = unfit(x)
-        if not reason:
-            return (_operator if x.is_cuda else launch)(x, x_scale, weight, w_scale, bias, dtype)
-        if backend == "triton":
-            raise ValueError(f"int8_gemm_scaled: backend 'triton' {reason}")
+    if takes_triton("int8_gemm_scaled", backend, x.is_cuda, lambda: unfit(x)):
+        return (_operator if x.is_cuda else launch)(x, x_scale, weight, w_scale, bias, dtype)
     return torch_path(x, x_scale, weight, w_scale, bias, dtype)
 
 

@@ -23,6 +23,7 @@ from dataclasses import dataclass
 import torch
 import torch.nn.functional as F
 
+from .backend import takes_triton
 from .form import Form
 from .token_gather import write_tokens
 
@@ -86,15 +87,15 @@ def torch_path(q, k, v, cache_k, cache_v, place, rotations=None, norm: QKNorm | 
     return turned[0].to(q.dtype, copy=turned[0] is q)
 
 
-def unfit(q: torch.Tensor, cache: torch.Tensor) -> str:
+def unfit(q: torch.Tensor, cache_k: torch.Tensor, cache_v: torch.Tensor) -> str:
     """Why the kernel cannot be used for these tensors; an empty string where it can."""
     if triton is None:
         return "is not installed"
     if q.shape[-1] > WIDEST or q.shape[-1] % 2:
         return f"takes heads of an even number of channels up to {WIDEST}, not {q.shape[-1]}"
-    if any(x.dtype not in (torch.float16, torch.bfloat16, torch.float32) for x in (q, cache)):
-        return f"does not take {q.dtype} and a cache of {cache.dtype}"
-    return ""
+    if any(x.dtype not in (torch.float16, torch.bfloat16, torch.float32) for x in (q, cache_k)):
+        return f"does not take {q.dtype} and a cache of {cache_k.dtype}"
+    return "" if cache_k.is_contiguous() and cache_v.is_contiguous() else "needs contiguous caches"
 
 
 if triton is not None:
@@ -213,18 +214,12 @@ def norm_rope_write(
         raise ValueError(f"norm_rope_write: {given}, {tuple(cache_v.shape)} do not fit each other")
     if rotations is not None and (rotations.shape[0] not in (1, batch) or rotations.shape[1:] != (count, width // 2, 2, 2)):
         raise ValueError(f"norm_rope_write: rotations {tuple(rotations.shape)}; (1 or {batch}, {count}, {width // 2}, 2, 2) are needed")
-    if backend not in ("auto", "torch", "triton"):
-        raise ValueError(f"norm_rope_write: backend '{backend}'; allowed: auto, torch, triton")
-    if backend == "triton" or backend == "auto" and q.is_cuda:
-        reason = unfit(q, cache_k) or ("" if cache_k.is_contiguous() and cache_v.is_contiguous() else "needs contiguous caches")
-        if not reason and q.is_cuda:
-            scale_q, scale_k, eps = (norm.q, norm.k, norm.eps) if norm else (None, None, 0.0)
-            return _operator(q, k, v, cache_k, cache_v, place, rotations, scale_q, scale_k, eps, text)
-        if not reason:
-            return launch(q, k, v, cache_k, cache_v, place, rotations, norm, text)
-        if backend == "triton":
-            raise ValueError(f"norm_rope_write: backend 'triton' {reason}")
-    return torch_path(q, k, v, cache_k, cache_v, place, rotations, norm, text)
+    if not takes_triton("norm_rope_write", backend, q.is_cuda, lambda: unfit(q, cache_k, cache_v)):
+        return torch_path(q, k, v, cache_k, cache_v, place, rotations, norm, text)
+    if not q.is_cuda:
+        return launch(q, k, v, cache_k, cache_v, place, rotations, norm, text)
+    scale_q, scale_k, eps = (norm.q, norm.k, norm.eps) if norm else (None, None, 0.0)
+    return _operator(q, k, v, cache_k, cache_v, place, rotations, scale_q, scale_k, eps, text)
 
 
 def aot_forms(major: int) -> list[Form]:

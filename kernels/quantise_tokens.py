@@ -22,6 +22,7 @@ from dataclasses import dataclass
 import torch
 import torch.nn.functional as F
 
+from .backend import takes_triton
 from .form import Form
 
 try:
@@ -308,18 +309,12 @@ def quantise_tokens(
         raise ValueError(f"quantise_tokens: {given}; (m, k), 2 to 8 bits and one of {', '.join(ACTIVATIONS)} or a modulation are needed")
     if x.shape[1] % turn.group or modulation is not None and x.shape[0] % len(modulation.shift):
         raise ValueError(f"quantise_tokens: groups of {turn.group} channels or the modulation's samples do not divide {tuple(x.shape)}")
-    if backend not in ("auto", "torch", "triton"):
-        raise ValueError(f"quantise_tokens: backend '{backend}'; allowed: auto, torch, triton")
-    if backend == "triton" or backend == "auto" and x.is_cuda:
-        reason = unfit(x, turn)
-        if not reason and x.is_cuda:
-            shift, gain, eps = (modulation.shift, modulation.gain, modulation.eps) if modulation else (None, None, 0.0)
-            return _operator(x, bits, turn.smooth, turn.signs, turn.matrix, turn.squared, activation, shift, gain, eps)
-        if not reason:
-            return launch(x, bits, turn, activation, modulation)
-        if backend == "triton":
-            raise ValueError(f"quantise_tokens: backend 'triton' {reason}")
-    return torch_path(x, bits, turn, activation, modulation)
+    if not takes_triton("quantise_tokens", backend, x.is_cuda, lambda: unfit(x, turn)):
+        return torch_path(x, bits, turn, activation, modulation)
+    if not x.is_cuda:
+        return launch(x, bits, turn, activation, modulation)
+    shift, gain, eps = (modulation.shift, modulation.gain, modulation.eps) if modulation else (None, None, 0.0)
+    return _operator(x, bits, turn.smooth, turn.signs, turn.matrix, turn.squared, activation, shift, gain, eps)
 
 
 def aot_forms(major: int) -> list[Form]:

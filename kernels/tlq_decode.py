@@ -18,6 +18,7 @@ from __future__ import annotations
 
 import torch
 
+from .backend import takes_triton
 from .form import Form
 
 try:
@@ -215,14 +216,8 @@ def tlq_decode(
         raise ValueError(f"tlq_decode: rows {tuple(packed.shape)} and a book {tuple(book.shape)} for {columns} codes of {bits} bits")
     if group_scale is not None and (columns % group_scale.shape[1] or len(group_scale) != len(packed)):
         raise ValueError(f"tlq_decode: scales of groups {tuple(group_scale.shape)} for {len(packed)} rows of {columns}")
-    if backend not in ("auto", "torch", "triton"):
-        raise ValueError(f"tlq_decode: backend '{backend}'; allowed: auto, torch, triton")
-    if backend == "triton" or backend == "auto" and packed.is_cuda:
-        reason = unfit(packed)
-        if not reason:
-            return (_operator if packed.is_cuda else launch)(packed, book, bits, columns, scale, group_scale, dtype)
-        if backend == "triton":
-            raise ValueError(f"tlq_decode: backend 'triton' {reason}")
+    if takes_triton("tlq_decode", backend, packed.is_cuda, lambda: unfit(packed)):
+        return (_operator if packed.is_cuda else launch)(packed, book, bits, columns, scale, group_scale, dtype)
     return torch_path(packed, book, bits, columns, scale, group_scale, dtype)
 
 

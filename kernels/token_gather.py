@@ -20,6 +20,7 @@ from collections.abc import Sequence
 
 import torch
 
+from .backend import takes_triton
 from .form import Form
 
 try:
@@ -183,15 +184,8 @@ def _axis(x: torch.Tensor, index: torch.Tensor, dim: int, shared_batch: bool = F
 
 def _kernel(xs: Sequence[torch.Tensor], backend: str) -> bool:
     """Whether Triton moves these tensors."""
-    if backend not in ("auto", "torch", "triton"):
-        raise ValueError(f"token_gather: backend '{backend}'; allowed: auto, torch, triton")
     followed = torch.is_grad_enabled() and any(x.requires_grad for x in xs)  # torch knows the derivative of its own moves alone
-    if backend == "torch" or backend == "auto" and (followed or not xs[0].is_cuda):
-        return False
-    reason = unfit(xs)
-    if reason and backend == "triton":
-        raise ValueError(f"token_gather: backend 'triton' {reason}")
-    return not reason
+    return takes_triton("token_gather", backend, xs[0].is_cuda and not followed, lambda: unfit(xs))
 
 
 def gather_tokens(x, index: torch.Tensor, dim: int = 1, backend: str = "auto"):

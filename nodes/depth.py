@@ -222,7 +222,7 @@ class RectiflowApplyRuns(Node):
     OUTPUTS = (Output("MODEL", "model", "The model with students."), Output("STRING", "report", "What is replaced, and its size."))
 
     def run(self, model, plan, active_runs, start_percent, end_percent):
-        from ..accel.prune.apply import stack_under
+        from ..accel.prune.apply import size_change, stack_under
         from ..accel.prune.plan import plan_from_json
         from ..accel.prune.students import active_plan, apply_runs
         from ..errors import input_error
@@ -236,7 +236,6 @@ class RectiflowApplyRuns(Node):
             sampling = model.get_model_object("model_sampling")
             sigmas = tuple(float(sampling.percent_to_sigma(part)) for part in (start_percent, end_percent))
         applied = apply_runs(model, found, students_of(found, model, self.TITLE), self.TITLE, sigmas)
-        before, after = model.model_size(), applied.model_size()
-        lines = [f"{found.describe(stack_under(model, self.TITLE))}; {before / 1e6:.1f} MB → {after / 1e6:.1f} MB ({after / before:.0%})"]
+        lines = [f"{found.describe(stack_under(model, self.TITLE))}; {size_change(model, applied)}"]
         lines += [f"{run.path} to {run.last}: {found.students.get(run.path, 'its first block')}" for run in found.runs]
         return (applied, "\n".join(lines) + idle_patches(model, found, self.TITLE))

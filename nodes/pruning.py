@@ -85,15 +85,14 @@ class RectiflowApplyPrunePlan(Node):
     OUTPUTS = (Output("MODEL", "model", "The smaller model."), Output("STRING", "report", "What it lacks, and its size."))
 
     def run(self, model, plan, enabled):
-        from ..accel.prune.apply import apply_plan, stack_under
+        from ..accel.prune.apply import apply_plan, size_change, stack_under
         from ..accel.prune.plan import plan_from_json
 
         if not enabled:
             return (model, "off: every block is kept")
         found = plan_from_json(plan, self.TITLE)
         pruned = apply_plan(model, found, self.TITLE, students_of(found, model, self.TITLE))
-        before, after = model.model_size(), pruned.model_size()
-        sizes = f"{before / 1e6:.1f} MB → {after / 1e6:.1f} MB ({after / before:.0%})"
+        sizes = size_change(model, pruned)
         return (pruned, f"{found.describe(stack_under(model, self.TITLE))}; {sizes}{idle_patches(model, found, self.TITLE)}")
 
 

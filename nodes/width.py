@@ -174,7 +174,7 @@ class RectiflowCompactWidth(Node):
     OUTPUTS = (Output("MODEL", "model", "The narrower model."), Output("STRING", "report", "Its size and widths."))
 
     def run(self, model, plan, enabled):
-        from ..accel.prune.apply import plan_of, stack_under
+        from ..accel.prune.apply import plan_of, size_change, stack_under
         from ..accel.prune.compact import compact_model
         from ..accel.prune.plan import plan_from_json
 
@@ -182,9 +182,8 @@ class RectiflowCompactWidth(Node):
             return (model, "off: every layer is as wide as it was")
         found = plan_from_json(plan, self.TITLE) if plan.strip() else None
         narrow = compact_model(model, found, self.TITLE)
-        before, after = model.model_size(), narrow.model_size()
         described = plan_of(narrow).describe(stack_under(model, self.TITLE))
-        return (narrow, f"{described}; {before / 1e6:.1f} MB → {after / 1e6:.1f} MB ({after / before:.0%})")
+        return (narrow, f"{described}; {size_change(model, narrow)}")
 
 
 class RectiflowLoraForPruned(Node):

@@ -16,7 +16,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
@@ -28,7 +28,7 @@ from ..quant.stored import LAYOUTS
 
 __all__ = [
     "CORE_NAME", "METADATA", "TENSOR", "VERSION", "LayerFormat", "Manifest", "ManifestError", "Renumbering", "core_marker",
-    "read_core_marker",
+    "dtype_name", "read_core_marker", "widest_dtype",
 ]  # fmt: skip
 
 FORMAT = "rectiflow.compressed"
@@ -50,6 +50,16 @@ def _whole(value: Any, low: int, high: int, what: str) -> int:
     if type(value) is not int or not low <= value <= high:
         raise ManifestError(f"{what} is {str(value)[:50]}, not a whole number from {low} to {high}")
     return value
+
+
+def widest_dtype(tensors: Iterable[torch.Tensor]) -> torch.dtype:
+    """Of the largest floating tensor; float32 where there is none."""
+    return max((t for t in tensors if t.is_floating_point()), key=torch.Tensor.numel, default=torch.zeros(0)).dtype
+
+
+def dtype_name(dtype: torch.dtype) -> str:
+    """Its name in DTYPES; float32 for one that a manifest does not know."""
+    return next((name for name, value in DTYPES.items() if value == dtype), "float32")
 
 
 @dataclass(frozen=True)

@@ -17,7 +17,7 @@ from ..prune.plan import PrunePlan, plan_from_json
 from ..quant.linear import QuantLinear
 from ..quant.rotation import BLOCK, CONVROT, Rotation, constant_rotation
 from ..quant.stored import StoredWeight, expected_tensors
-from .manifest import DTYPES, NARROWEST, TENSOR, LayerFormat, Manifest, ManifestError, read_core_marker
+from .manifest import NARROWEST, TENSOR, LayerFormat, Manifest, ManifestError, dtype_name, read_core_marker, widest_dtype
 from .tensor_file import read_tensors
 from .writing import FILE_PREFIX
 
@@ -155,7 +155,5 @@ def _core_manifest(tensors: dict[str, torch.Tensor]) -> Manifest:
         layers[name] = form
     if not layers:
         raise ManifestError(f"no {TENSOR} and no comfy_quant tensor: not a compressed model that this node reads")
-    rest = [t for key, t in tensors.items() if t.is_floating_point() and not key.endswith(".weight_scale")]
-    widest = max(rest, key=torch.Tensor.numel, default=torch.zeros(0)).dtype
-    named = next((name for name, value in DTYPES.items() if value == widest), "float32")
-    return Manifest("", {"kind": "detect"}, UNKNOWN, named, layers)
+    widest = widest_dtype(t for key, t in tensors.items() if not key.endswith(".weight_scale"))
+    return Manifest("", {"kind": "detect"}, UNKNOWN, dtype_name(widest), layers)

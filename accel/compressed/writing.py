@@ -28,7 +28,7 @@ from ..prune.compact import NarrowWeights
 from ..prune.identity import model_hash, original_module
 from ..prune.students import StudentBlock
 from ..quant.linear import QuantLinear, factors, product
-from .manifest import DTYPES, METADATA, TENSOR, LayerFormat, Manifest, core_marker
+from .manifest import DTYPES, METADATA, TENSOR, LayerFormat, Manifest, core_marker, dtype_name, widest_dtype
 
 __all__ = ["ATTACHMENT", "FILE_PREFIX", "FORMS", "changed_weight", "compressed_tensors"]
 
@@ -52,12 +52,10 @@ def compressed_tensors(
     modules = dict(seen_modules(model))
     layers = {name: _stored_layer(model, name, layer, changed) for name, layer in modules.items() if isinstance(layer, QuantLinear)}
     plain = dict(_plain_tensors(model, modules, changed))
-    widest = max((t for t in plain.values() if t.is_floating_point()), key=torch.Tensor.numel, default=torch.zeros(0))
-    chosen = DTYPES.get(dtype, widest.dtype)
-    named = next((name for name, value in DTYPES.items() if value == chosen), "float32")
+    chosen = DTYPES.get(dtype, widest_dtype(plain.values()))
     written = _student_names(model, modules, where)
     formats = {written(name): form_of for name, (form_of, _) in layers.items()}
-    manifest = _manifest(model, modules, formats, base, named)
+    manifest = _manifest(model, modules, formats, base, dtype_name(chosen))
     _check_form(model, form, manifest, where)
     tensors = {name: weight.to(chosen) if weight.is_floating_point() else weight for name, weight in plain.items()}
     for name, (_, parts) in layers.items():

@@ -18,7 +18,7 @@ from ..modules import bytes_of, seen_bytes
 from .identity import NETWORK, model_hash, original_module
 from .plan import PrunePlan
 
-__all__ = ["ATTACHMENT", "SkipBlock", "apply_plan", "bytes_of", "plan_of", "without_plan"]
+__all__ = ["ATTACHMENT", "SkipBlock", "apply_plan", "bytes_of", "plan_of", "size_change", "without_plan"]
 
 ATTACHMENT = "rectiflow_prune_plan"
 
@@ -40,6 +40,12 @@ class SkipBlock(nn.Module):
 def plan_of(model: Any) -> PrunePlan | None:
     """The plan that lies on MODEL `model`."""
     return model.get_attachment(ATTACHMENT)
+
+
+def size_change(before: Any, after: Any) -> str:
+    """What two MODELs weigh, in words."""
+    whole, left = before.model_size(), after.model_size()
+    return f"{whole / 1e6:.1f} MB → {left / 1e6:.1f} MB ({left / whole:.0%})"
 
 
 def stack_under(model: Any, where: str) -> Stack:

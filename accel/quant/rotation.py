@@ -83,7 +83,10 @@ class Rotation:
 
     def to(self, device: torch.device) -> Rotation:
         """The same factors on another device; their dtype stays."""
-        move = lambda tensor: None if tensor is None else tensor.to(device)  # noqa: E731
+
+        def move(tensor: torch.Tensor | None) -> torch.Tensor | None:
+            return None if tensor is None else tensor.to(device)
+
         blocks = tuple((move(order), matrix.to(device), stride) for order, matrix, stride in self.blocks)
         return Rotation(self.kind, move(self.signs), blocks, move(self.factor))
 

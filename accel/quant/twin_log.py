@@ -198,20 +198,22 @@ def _shared_levels(normal: torch.Tensor, scale: torch.Tensor, bits: int) -> torc
     Each side has its bend and its top: the group's largest weight is positive after division by its scale, so the other side is shorter.
     """
     weigh, mean, count = scale.square(), normal.abs().mean(), 1 << (bits - 1)
-    sides = []
-    for sign in (-1, 1):
-        present, magnitudes = (sign * normal > 0) * weigh, (sign * normal).clamp_min(0)
+    below, above = (_side_levels((sign * normal).clamp_min(0), (sign * normal > 0) * weigh, mean, count) for sign in (-1, 1))
+    return torch.cat([-below.flip(0), above])
 
-        def tried(bend: float, top: float) -> tuple[float, torch.Tensor]:
-            levels = (twin_levels(bend * mean, torch.tensor(top, device=normal.device), count) * INT8).round() / INT8
-            return float(((levels[nearest(magnitudes, levels)] - magnitudes).square() * present).sum()), levels  # noqa: B023
 
-        bend, top = BENDS[5], TOPS[0]
-        for _ in range(2):  # in turn: within 0.01 dB of all pairs
-            bend = min(BENDS, key=lambda bend: tried(bend, top)[0])  # noqa: B023
-            top = min(TOPS, key=lambda top: tried(bend, top)[0])  # noqa: B023
-        sides.append(tried(bend, top)[1])
-    return torch.cat([-sides[0].flip(0), sides[1]])
+def _side_levels(magnitudes: torch.Tensor, weigh: torch.Tensor, mean: torch.Tensor, count: int) -> torch.Tensor:
+    """(count,) levels of one sign, by the bend and the top of least weighted error."""
+
+    def tried(bend: float, top: float) -> tuple[float, torch.Tensor]:
+        levels = (twin_levels(bend * mean, torch.tensor(top, device=mean.device), count) * INT8).round() / INT8
+        return float(((levels[nearest(magnitudes, levels)] - magnitudes).square() * weigh).sum()), levels
+
+    top = TOPS[0]
+    for _ in range(2):  # in turn: within 0.01 dB of all pairs
+        bend = min(BENDS, key=lambda bend: tried(bend, top)[0])
+        top = min(TOPS, key=lambda top: tried(bend, top)[0])
+    return tried(bend, top)[1]
 
 
 def reference_quantised(weight: torch.Tensor, bits: int) -> torch.Tensor:
