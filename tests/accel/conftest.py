@@ -1,4 +1,4 @@
-"""The tiny model, loaded once, and the shortest way to put a cache on it."""
+"""The tiny model, loaded once, the shortest way to put a cache on it, and a host that takes conditions apart."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from rectiflow.accel.cache.report import CacheLog
 from rectiflow.accel.cache.store import StoreOptions
 from rectiflow.accel.cache.taylor import TaylorSeer
 from rectiflow.accel.cache.visits import CachePlan
-from rectiflow.host.embedded import HostSettings, make_host, use_host
+from rectiflow.host.embedded import HostSettings, make_host, sampling_function, use_host
 from rectiflow.tests.contract.tiny_runs import TinyRuns
 
 
@@ -31,3 +31,14 @@ def cached(tiny):
         return attach(model or tiny.model, plan, log, "test"), log
 
     return make
+
+
+@pytest.fixture
+def split(monkeypatch):
+    """Conditions take a call each, as when memory is short; split([True, False, …]) says when."""
+
+    def install(pattern):
+        joined, turns = sampling_function._choose_batch, iter(pattern)
+        monkeypatch.setattr(sampling_function, "_choose_batch", lambda *a: joined(*a)[:1] if next(turns, True) else joined(*a))
+
+    return install

@@ -50,17 +50,6 @@ class Calls:
         return watched
 
 
-@pytest.fixture
-def split(monkeypatch):
-    """Conditions take a call each, as when memory is short; split([True, False, …]) says when."""
-
-    def install(pattern):
-        joined, turns = sampling_function._choose_batch, iter(pattern)
-        monkeypatch.setattr(sampling_function, "_choose_batch", lambda *a: joined(*a)[:1] if next(turns, True) else joined(*a))
-
-    return install
-
-
 @pytest.mark.parametrize("target", TARGETS)
 def test_no_op_settings_are_bit_identical_and_keep_nothing(tiny, cached, target):
     noise = tiny.noise([1])

@@ -18,7 +18,6 @@ from rectiflow.accel.region.plan import RegionPlan
 from rectiflow.accel.region.report import RegionLog
 from rectiflow.accel.region.run import RegionRun
 from rectiflow.errors import NodeInputError
-from rectiflow.host.embedded import sampling_function
 from rectiflow.tests.accel.region_toys import FAMILIES, conditioning, noise, sample, toy, with_ras
 from rectiflow.tests.models.small_models import random
 
@@ -28,17 +27,6 @@ PROMPT = "noto cat on blue"
 @pytest.fixture(scope="module")
 def toys():
     return {family: toy(family) for family in FAMILIES}
-
-
-@pytest.fixture
-def split(monkeypatch):
-    """Conditions take a call each, as when memory is short; split([True, False, …]) says when."""
-
-    def install(pattern):
-        joined, turns = sampling_function._choose_batch, iter(pattern)
-        monkeypatch.setattr(sampling_function, "_choose_batch", lambda *a: joined(*a)[:1] if next(turns, True) else joined(*a))
-
-    return install
 
 
 def phases(log: RegionLog) -> str:

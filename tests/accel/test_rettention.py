@@ -26,7 +26,6 @@ from rectiflow.accel.cache.report import CacheLog
 from rectiflow.accel.cache.visits import CachePlan
 from rectiflow.errors import NodeInputError
 from rectiflow.families.tokens import TokenSpec
-from rectiflow.host.embedded import sampling_function
 from rectiflow.kernels.block_sparse_attention import block_sparse_attention, reference
 from rectiflow.tests.accel.region_toys import FAMILIES, noise, sample, toy, with_ras
 
@@ -254,17 +253,6 @@ def test_second_order_solvers_share_their_steps(sampler):
     changed, log = patched(toy("flux"), warmup=1, period=2)
     assert sample(changed, noise(1, SIZE), steps=6, sampler=sampler).isfinite().all()
     assert {math.floor(u) for u in log.ratios} == {1, 3, 5} and log.calls[0] > 0
-
-
-@pytest.fixture
-def split(monkeypatch):
-    """Conditions take a call each, as when memory is short; split([True, False, …]) says when."""
-
-    def install(pattern):
-        joined, turns = sampling_function._choose_batch, iter(pattern)
-        monkeypatch.setattr(sampling_function, "_choose_batch", lambda *a: joined(*a)[:1] if next(turns, True) else joined(*a))
-
-    return install
 
 
 @pytest.mark.parametrize("family", FAMILIES)
