@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import pytest
+import torch
 from rectiflow.accel.cache.binding import attach
 from rectiflow.accel.cache.policy import Limits
 from rectiflow.accel.cache.report import CacheLog
@@ -18,6 +19,19 @@ def tiny(tmp_path_factory) -> TinyRuns:
     made = make_host(tmp_path_factory.mktemp("accel"), settings=HostSettings(device="cpu", dtype="fp32"))
     with use_host(made):
         return TinyRuns(made)
+
+
+@pytest.fixture(scope="session")
+def precise(tiny) -> TinyRuns:
+    """The tiny model computed in float64: rows of another batch size add up in another order, and here that stays below 1e-12.
+
+    The host hands latents over in float32, so what differs after a run is a difference of the method and not of rounding.
+    """
+    with use_host(tiny.host):
+        runs = TinyRuns(tiny.host)
+    network = runs.model.get_model_object("diffusion_model").double()
+    network.dtype = torch.float64
+    return runs
 
 
 @pytest.fixture

@@ -8,6 +8,12 @@ from pathlib import Path
 import pytest
 import torch
 from rectiflow import NODE_CLASS_MAPPINGS as NODES
+from rectiflow.accel.cache.binding import attach
+from rectiflow.accel.cache.first_block import FirstBlockGate
+from rectiflow.accel.cache.policy import Limits
+from rectiflow.accel.cache.report import CacheLog
+from rectiflow.accel.cache.visits import CachePlan
+from rectiflow.host import calculate_sigmas
 
 pytest.importorskip("diffusers", reason="pip install diffusers==0.42.1, which the bench of peers needs too")
 BENCH = Path(__file__).resolve().parents[2] / "bench"
@@ -47,3 +53,75 @@ def test_a_missing_tensor_is_not_filled(both):
     state.pop("double_blocks.1.img_mod.lin.bias")
     with pytest.raises(RuntimeError, match="transformer_blocks.1.norm1.linear.bias"):
         diffusers_twin(state, (8, 28, 28))
+
+
+class Peer:
+    """A first-block cache of others on the twin. A subclass switches it on and off."""
+
+    branch: str | None = None  # the name of the cache context
+
+    def __init__(self, transformer: torch.nn.Module):
+        self.transformer = transformer
+
+    def on(self, threshold: float, steps: int) -> None:
+        raise NotImplementedError
+
+    def off(self) -> None:
+        raise NotImplementedError
+
+
+class InDiffusers(Peer):
+    branch = "cond"
+
+    def on(self, threshold, steps):
+        from diffusers import FirstBlockCacheConfig
+
+        self.transformer.enable_cache(FirstBlockCacheConfig(threshold))
+
+    def off(self):
+        self.transformer._reset_stateful_cache()
+        self.transformer.disable_cache()
+
+
+class InCacheDit(Peer):
+    def on(self, threshold, steps):
+        self.cache_dit = cache_dit = pytest.importorskip("cache_dit", reason="pip install cache-dit==1.5.3")
+        from cache_dit.caching.block_adapters import BlockAdapterRegister
+
+        config = cache_dit.DBCacheConfig(
+            num_inference_steps=steps, enable_separate_cfg=False, Fn_compute_blocks=1, Bn_compute_blocks=0,
+            residual_diff_threshold=threshold, max_warmup_steps=1,
+        )  # fmt: skip
+        adapter = BlockAdapterRegister.get_adapter(self.transformer, has_separate_cfg=False)
+        self.adapter = cache_dit.enable_cache(adapter, cache_config=config)
+
+    def off(self):
+        self.cache_dit.disable_cache(self.adapter)
+
+
+@pytest.mark.parametrize("threshold", [0.05, 0.1, 0.2, 0.4])
+@pytest.mark.parametrize("kind", [InDiffusers, InCacheDit])
+def test_our_first_block_gate_skips_the_steps_that_others_skip(both, tiny, kind, threshold):
+    """One condition, one picture: with more, the others decide for each condition apart and on a mean over the batch, ours for all at once."""
+    twin, steps, noise, log = both[1], 28, tiny.noise([1]), CacheLog()
+    peer = kind(twin.transformer)
+    middle, theirs = [], []  # calls of the second block; whether a step made one
+    sigmas, x = calculate_sigmas(tiny.model.get_model_object("model_sampling"), "simple", steps).tolist(), noise
+    peer.on(threshold, steps)
+    hook = twin.transformer.transformer_blocks[1].attn.to_q.register_forward_hook(lambda *_: middle.append(True))
+    try:
+        with torch.inference_mode():
+            for sigma, following in zip(sigmas, sigmas[1:]):
+                before = len(middle)
+                x = x + (following - sigma) * twin.velocity(x, sigma, *both[2:], branch=peer.branch)
+                theirs.append(len(middle) > before)
+    finally:
+        hook.remove()
+        peer.off()
+
+    model = attach(tiny.model, CachePlan(FirstBlockGate(threshold=threshold), "block_delta", Limits(1, 0)), log, "test")
+    latent = tiny.sample("noto cat on blue", noise, steps=steps, cfg=1.0, model=model)
+    ours = [visit.decision == "full" for visit in log.last.visits]
+    assert ours == theirs
+    assert all(ours) == (threshold == 0.05)  # at 28 steps no first block comes nearer than that
+    torch.testing.assert_close(latent, x, atol=1e-4, rtol=0)  # float32: rounding comes to 7e-6
