@@ -9,14 +9,14 @@ text in a second attention of the same block.
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from types import MappingProxyType
 from typing import Any
 
 from ..errors import input_error
 
-__all__ = ["BlockKey", "BlockLayout", "block_layout", "parse_blocks"]
+__all__ = ["BlockKey", "BlockLayout", "block_layout", "block_text", "parse_blocks"]
 
 BlockKey = tuple[str, int]  # as patches_replace["dit"] names a block: ("double_block", 3)
 
@@ -93,3 +93,11 @@ def parse_blocks(text: str, layout: BlockLayout, where: str, input_name: str = "
             raise input_error(where, input_name, part, allowed, has)
         chosen.update((f"{kind}_block", number) for number in range(start, end + 1))
     return tuple(sorted(chosen))
+
+
+def block_text(blocks: Sequence[BlockKey]) -> str:
+    """Block keys, in the order in which they run and without gaps within a kind, as `parse_blocks` reads them: "double:1-2, single:0-4"."""
+    numbers: dict[str, list[int]] = {}
+    for kind, number in blocks:
+        numbers.setdefault(kind.removesuffix("_block"), []).append(number)
+    return ", ".join(f"{kind}:{found[0]}" + (f"-{found[-1]}" if len(found) > 1 else "") for kind, found in numbers.items())

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 from ..errors import input_error
-from .caching import GROUP
-from .declare import Node, Output, integer, socket
+from .caching import GROUP, MODEL, cached_model
+from .declare import Node, Output, integer, socket, text
 
 
 class RectiflowCacheInspect(Node):
@@ -52,3 +52,54 @@ class RectiflowCacheTimeline(Node):
             remedy = "Link the cache node's own model to the sampler, and the sampler's output to 'after'."
             raise input_error(self.TITLE, "report", "a cache that has not run", "the report of a model that was sampled", remedy)
         return (timeline(report.read()), report.json())
+
+
+class RectiflowBlockRangeProbe(Node):
+    """Samples without skipping and measures which ranges of blocks change least from step to step: what Delta Block Cache may leave out."""
+
+    TITLE = "Block Range Probe"
+    GROUP = GROUP
+    SEARCH_ALIASES = ["Delta-DiT", "cache", "probe", "calibrate", "blocks"]
+    INPUTS = (
+        MODEL,
+        text("sizes", "0.25, 0.5, 0.75", "Shares of the blocks; of each a front, a middle and a rear range is measured."),
+    )
+    OUTPUTS = (
+        Output("MODEL", "model", "The same model; its pictures are unchanged."),
+        Output("CACHE_REPORT", "report", "For Block Range Chart or Cache Report."),
+    )
+    HIDDEN = {"unique_id": "UNIQUE_ID"}
+
+    def run(self, model, sizes, unique_id=None):
+        from ..accel.cache.calibration import read_curve
+        from ..accel.cache.range_probe import RangeProbe
+
+        policy = RangeProbe(sizes=read_curve(sizes, self.TITLE, "sizes"))
+        return cached_model(model, policy, "block_delta", (0, 0, 0.0, 1.0), {}, self.TITLE)
+
+
+class RectiflowBlockRangeChart(Node):
+    """Draws what Block Range Probe measured: how much of what each range of blocks adds changes in a step. Low is what a cache can hold."""
+
+    TITLE = "Block Range Chart"
+    GROUP = GROUP
+    SEARCH_ALIASES = ["Delta-DiT", "cache", "plot", "chart", "blocks"]
+    INPUTS = (
+        socket("report", "CACHE_REPORT", "From Block Range Probe."),
+        socket("after", "LATENT", "The output of the sampler that took the probed model: the picture waits for it."),
+    )
+    OUTPUTS = (
+        Output("IMAGE", "chart", "A line a range over the steps."),
+        Output("STRING", "text", "Each range with its blocks, as Schedule Record reads them, and which changes least."),
+    )
+
+    @classmethod
+    def IS_CHANGED(cls, **inputs):
+        return float("nan")  # as Cache Report
+
+    def run(self, report, after):
+        from ..accel.cache.range_probe import change_chart, probed
+
+        record = report.read()
+        changes = probed(record, self.TITLE)
+        return (change_chart(changes), record.text())

@@ -80,6 +80,11 @@ NOTES = {
         "Reports show where each spends its steps, the numbers how near it comes. Change **threshold** and **interval**; compare at "
         "equal steps."
     ),
+    "block_ranges": (
+        "A plain run measures how much of what each third of the blocks adds changes in a step; what changes least is what **Delta "
+        "Block Cache** should leave out. The second picture leaves the rear third out early and the front third late, at every second "
+        "step. Change **early_range** and **late_range** to what the chart shows."
+    ),
     "schedule_search": (
         "One picture is sampled whole and recorded, the search picks 7 of its 16 steps, and another prompt is sampled with these. "
         "Change **budget** and watch **What a budget costs**; order 0 finds other steps than order 1. Record four and more for real "

@@ -22,13 +22,13 @@ from .confidence import ConfidenceGatedTaylor
 from .gate import TINY, reduced, relative_l1
 from .policy import Action, Choice, Observation, Policy, Probe, RunFacts, RunState, Visit
 
-__all__ = ["GateCalibration", "ReuseCalibration", "correlation", "fit_polynomial", "mean_ratios", "read_curve"]
+__all__ = ["Calibration", "GateCalibration", "ReuseCalibration", "correlation", "fit_polynomial", "mean_ratios", "read_curve"]
 
 MOST_NUMBERS, MOST_DEGREE = 2000, 8
 
 
 @dataclass(frozen=True)
-class _Calibration(Policy):
+class Calibration(Policy):
     """Every visit is full; what is kept serves the measurement alone."""
 
     @property
@@ -40,7 +40,7 @@ class _Calibration(Policy):
 
 
 @dataclass(frozen=True)
-class ReuseCalibration(_Calibration):
+class ReuseCalibration(Calibration):
     """For target block_delta over the whole stack."""
 
     @property
@@ -79,7 +79,7 @@ class _ReuseState(RunState):
 
 
 @dataclass(frozen=True)
-class GateCalibration(_Calibration):
+class GateCalibration(Calibration):
     """For target last_block. gated: the policy whose threshold is sought; thresholds: tried on what was noted."""
 
     gated: ConfidenceGatedTaylor = ConfidenceGatedTaylor()

@@ -102,7 +102,7 @@ class InCacheDit(Peer):
 @pytest.mark.parametrize("threshold", [0.05, 0.1, 0.2, 0.4])
 @pytest.mark.parametrize("kind", [InDiffusers, InCacheDit])
 def test_our_first_block_gate_skips_the_steps_that_others_skip(both, tiny, kind, threshold):
-    """One condition, one picture: with more, the others decide for each condition apart and on a mean over the batch, ours for all at once."""
+    """One condition, one picture: with more, they decide for each condition apart and on a mean over the batch, ours for all at once."""
     twin, steps, noise, log = both[1], 28, tiny.noise([1]), CacheLog()
     peer = kind(twin.transformer)
     middle, theirs = [], []  # calls of the second block; whether a step made one

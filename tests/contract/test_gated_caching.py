@@ -60,3 +60,19 @@ def test_a_calibration_feeds_a_cache_in_one_graph_on_both_hosts(comfyui_server, 
         sample=ksampler(["empty", 0], model=["cache", 0], steps=8), decode=decoded(["sample", 0]), save=shown(["decode", 0]),
     )  # fmt: skip
     both_hosts_agree(graph, comfyui_server, embedded)
+
+
+def test_a_probe_measures_the_same_on_both_hosts(comfyui_server, embedded):
+    graph = stock(
+        probe=("RectiflowBlockRangeProbe", {"model": ["load", 0], "sizes": "0.34 0.67"}), empty=EMPTY,
+        sample=ksampler(["empty", 0], model=["probe", 0], steps=6), decode=decoded(["sample", 0]), save=shown(["decode", 0]),
+        report=("RectiflowCacheReport", {"report": ["probe", 1], "after": ["sample", 0]}), show=("PreviewAny", {"source": ["report", 1]}),
+        chart=("RectiflowBlockRangeChart", {"report": ["probe", 1], "after": ["sample", 0]}),
+        see=("PreviewImage", {"images": ["chart", 0]}),
+    )  # fmt: skip
+    found = [outputs["show"]["text"][0] for outputs in (run_graph(graph, embedded).outputs, comfyui_server.run(graph)["outputs"])]
+    here, there = (json.loads(text)["findings"]["changes"] for text in found)
+    assert [one["blocks"] for one in here] == [one["blocks"] for one in there] and len(here) == 6
+    for ours, theirs in zip(here, there):
+        # The hosts' attention adds up in another order: 1e-5 of a velocity, more of a difference of two.
+        assert ours["change"][1:] == pytest.approx(theirs["change"][1:], rel=1e-3)
