@@ -1,4 +1,6 @@
-"""Measure region-adaptive sampling: `python bench/region.py [--rounds N] [step] [run]`. Writes bench/results/region_*.csv.
+"""Measure region-adaptive sampling and mixed grains: `python bench/region.py [--rounds N] [step] [run] [mixed] [mixed_error]`.
+
+Writes bench/results/region_*.csv.
 
 All times are seconds of this process (`time.process_time`), which work beside it hardly moves.
 
@@ -6,6 +8,10 @@ step   one call over a share of 4096 image tokens (latent 128×128) of a Flux of
        against the dense call: medians of interleaved rounds, CPU, float32, keys and values kept.
 run    the tiny model at 128×128 pixels, eight seeds, guidance 1, on the CPU: latent error to 100 Euler steps, of RAS, of plain Euler and
        of interval caching. The two others get the number of steps with which they take the time of RAS or more.
+mixed  one call of the same Flux of width 256 with the tokens of coarse 2 × 2 cells merged in some of its 6 blocks, against the dense call.
+mixed_error  the tiny model at 128×128, eight seeds, guidance 3, 12 steps, merged from block 2 of 9 and 20 % on, up to the last block and
+       step unless the row says otherwise: ‖z − z₀‖/‖z₀‖ against the plain run by the share of fine cells; the fine ones are those with
+       most, fewest or a random amount of detail in the plain picture.
 """
 
 from __future__ import annotations
@@ -16,6 +22,7 @@ import statistics
 import time
 
 import torch
+import torch.nn.functional as F
 from rectiflow import NODE_CLASS_MAPPINGS as NODES
 from rectiflow.accel.cache.binding import attach as attach_cache
 from rectiflow.accel.cache.interval import IntervalReuse
@@ -23,6 +30,8 @@ from rectiflow.accel.cache.policy import Limits
 from rectiflow.accel.cache.report import CacheLog
 from rectiflow.accel.cache.visits import CachePlan
 from rectiflow.accel.region.binding import attach
+from rectiflow.accel.region.mixed_binding import GrainLog, attach_mixed_grain
+from rectiflow.accel.region.mixed_grain import MixedGrain
 from rectiflow.accel.region.plan import RegionPlan
 from rectiflow.accel.region.report import RegionLog
 from rectiflow.host import CFGGuider, build_flux_model, calculate_sigmas, prepare_noise, sampler_object
@@ -34,6 +43,10 @@ SEEDS = range(1, 9)
 RATIOS = (0.125, 0.25, 0.5, 0.75)
 REFERENCE_STEPS = 100
 STEP_HEADER = ["tokens", "width", "ratio", "computed", "dense_ms", "partial_ms", "of_dense"]
+MIXED_HEADER = ["tokens", "blocks", "fine_ratio", "seen", "tokens_share", "flops_share", "dense_ms", "merged_ms", "of_dense"]
+ERROR_HEADER = [
+    "fine_ratio", "fine_by", "merge", "unmerge", "position", "weighted", "last_block", "until", "error", "worst", "better_than_random",
+]  # fmt: skip
 RUN_HEADER = ["pixels", "method", "setting", "seconds", "seed", "error", "nearer_than_it"]
 
 
@@ -98,6 +111,72 @@ def measure_step(rounds: int) -> None:
             f"{of_dense:.3f}",
         ])  # fmt: skip
     write_table("region_step", STEP_HEADER, rows)
+
+
+def measure_mixed(rounds: int) -> None:
+    model = wide_flux()
+    text = [[torch.zeros(1, 16, 64), {"pooled_output": torch.zeros(1, 64)}]]
+    noise = torch.randn(1, 16, 128, 128, generator=torch.Generator().manual_seed(1))
+    order = torch.rand(32 * 32, generator=torch.Generator().manual_seed(2)).argsort()
+    stamps = Stamped()  # stands outside of what merges
+    cases = {"dense": (stamps.on(model), None)}
+    for first in (0, 2):
+        for ratio in (0.0, 0.25, 0.5, 0.75):
+            fine = torch.zeros(32 * 32)
+            fine[order[: round(ratio * 1024)]] = 1.0
+            log = GrainLog()
+            plan = MixedGrain(fine.view(1, 32, 32), first=first, start=0.0)
+            cases[f"{first}-5 of 6", ratio] = (attach_mixed_grain(stamps.on(model), plan, log, "bench"), log)
+    spans: dict = {case: [] for case in cases}
+    for _ in range(rounds + 1):  # the first is a warm-up
+        for case, (patched, _) in cases.items():
+            guided(patched, text, text, noise, torch.tensor([0.5, 0.0]))
+            spans[case].append(stamps.spans[-1])
+    rows = []
+    for case, (_, log) in list(cases.items())[1:]:
+        times = list(zip(spans["dense"][1:], spans[case][1:]))
+        dense, merged = (1000 * statistics.median(part) for part in zip(*times))
+        few, whole = log.flops[16]
+        shares = (log.share, few / whole, statistics.median(part / all_ for all_, part in times))
+        rows.append([log.tokens[0], *case, log.tokens[1], f"{shares[0]:.4f}", f"{shares[1]:.3f}", f"{dense:.0f}", f"{merged:.0f}",
+                     f"{shares[2]:.3f}"])  # fmt: skip
+    write_table("region_mixed", MIXED_HEADER, rows)
+
+
+def measure_mixed_error(steps: int = 12) -> None:
+    from rectiflow.host.embedded import make_host
+    from rectiflow.tests.contract.tiny_runs import TinyRuns
+
+    tiny = TinyRuns(make_host())
+    x = tiny.noise(SEEDS, (128, 128))
+
+    def draw(model=None) -> torch.Tensor:
+        return torch.cat([tiny.sample("noto cat", x[place : place + 4], model=model, steps=steps) for place in (0, 4)])
+
+    plain = draw()
+    detail = F.avg_pool2d(plain.std(dim=1, keepdim=True), 4).flatten(1)  # of a cell: 2 × 2 tokens of 2 × 2
+    scores = {"detail": detail, "random": torch.rand(detail.shape, generator=torch.Generator().manual_seed(0)), "least detail": -detail}
+    usual = {"merge": "mean", "unmerge": "delta", "position": "centre", "weigh": True, "last": 8, "end": 1.0}
+    cases = [(ratio, by, usual) for ratio in (0.0, 0.25, 0.5, 0.75) for by in scores if ratio or by == "detail"]
+    cases += [(0.25, "detail", {**usual, **changed}) for changed in (
+        {"merge": "centre"}, {"unmerge": "copy"}, {"position": "first"}, {"weigh": False}, {"last": 6}, {"end": 0.7},
+        {"last": 6, "end": 0.7},
+    )]  # fmt: skip
+    found: dict = {}
+    for ratio, by, options in cases:
+        order = scores[by].argsort(dim=1, descending=True)
+        fine = torch.zeros_like(detail).scatter_(1, order[:, : round(ratio * detail.shape[1])], 1.0).view(-1, 8, 8)
+        z = torch.cat([
+            tiny.sample("noto cat", x[part], model=attach_mixed_grain(tiny.model, MixedGrain(fine[part], **options), GrainLog(), "bench"),
+                        steps=steps) for part in (slice(0, 4), slice(4, 8))
+        ])  # fmt: skip
+        found[(ratio, by, *options.values())] = ((z - plain).flatten(1).norm(dim=1) / plain.flatten(1).norm(dim=1)).tolist()
+    rows = []
+    for case, errors in found.items():
+        chance = found.get((case[0], "random", *case[2:]))
+        nearer = "" if chance is None or case[1] == "random" else f"{sum(a < b for a, b in zip(errors, chance))} of {len(errors)}"
+        rows.append([*case, f"{statistics.mean(errors):.4f}", f"{max(errors):.4f}", nearer])
+    write_table("region_mixed_error", ERROR_HEADER, rows)
 
 
 class Runs:
@@ -169,7 +248,7 @@ def measure_runs(rounds: int, sizes: list[int], steps: int, ratio: float, start:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("what", nargs="*", default=["step", "run"], help="step, run; both when none is named")
+    parser.add_argument("what", nargs="*", default=["step", "run", "mixed", "mixed_error"], help="step, run, mixed, mixed_error; else all")
     parser.add_argument("--rounds", type=int, default=5, help="measurements a figure; medians are printed")
     parser.add_argument("--sizes", type=int, nargs="+", default=[128], help="pixels of a side")
     parser.add_argument("--steps", type=int, default=40)
@@ -181,6 +260,10 @@ def main() -> None:
         measure_step(arguments.rounds)
     if "run" in arguments.what:
         measure_runs(arguments.rounds, arguments.sizes, arguments.steps, arguments.ratio, arguments.start, arguments.order)
+    if "mixed" in arguments.what:
+        measure_mixed(arguments.rounds)
+    if "mixed_error" in arguments.what:
+        measure_mixed_error()
 
 
 if __name__ == "__main__":

@@ -9,14 +9,16 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from types import MappingProxyType
 from typing import Any
 
-from .tokens import TokenSpec
+from .blocks import BlockKey
+from .stack import stack_of
+from .tokens import TokenSpec, attends_twice
 
-__all__ = ["AttentionCost", "ForwardCost", "forward_cost"]
+__all__ = ["AttentionCost", "ForwardCost", "forward_cost", "numbers_of"]
 
 KINDS = ("image", "text", "joint", "vector")
 _VECTOR = r"time_in|vector_in|guidance_in|t_embedder|y_embedder|time_text_embed|time_embedding|time_projection|.*adaLN_modulation|norm_out"
@@ -76,46 +78,52 @@ class ForwardCost:
         return 4.0 * sum(pairs[part.kind] * part.width * part.count for part in self.attentions)
 
 
-def forward_cost(transformer: Any, spec: TokenSpec) -> ForwardCost:
-    """The cost of `transformer` (a model's `diffusion_model`), whose spec is token_spec's."""
+def forward_cost(transformer: Any, spec: TokenSpec, blocks: Sequence[BlockKey] | None = None) -> ForwardCost:
+    """The cost of `transformer` (a model's `diffusion_model`), whose spec is token_spec's, or of some blocks of it alone."""
     weights, unknown = dict.fromkeys(KINDS, 0), []
+    inside = None if blocks is None else tuple(f"{path}." for path in _paths(transformer, blocks))
     rules = [(re.compile(pattern), kind) for pattern, kind in _RULES[spec.family]]
     for name, module in transformer.named_modules():
         weight = getattr(module, "weight", None)
-        if getattr(weight, "ndim", 0) < 2 or "Embedding" in type(module).__name__:
+        if getattr(weight, "ndim", 0) < 2 or "Embedding" in type(module).__name__ or inside is not None and not name.startswith(inside):
             continue
         kind = next((kind for rule, kind in rules if rule.match(name)), None)
         if kind is None:
             unknown.append(name)
             continue
         times = _CHROMA_VECTORS if name.startswith("distilled_guidance_layer") else 1
-        weights[kind] += _numbers(module, weight) * times
-    return ForwardCost(weights, tuple(_attentions(transformer, spec)), tuple(unknown))
+        weights[kind] += numbers_of(module, weight) * times
+    return ForwardCost(weights, tuple(_attentions(transformer, spec, blocks)), tuple(unknown))
 
 
-def _numbers(module: Any, weight: Any) -> int:
+def _paths(transformer: Any, blocks: Sequence[BlockKey]) -> list[str]:
+    return [block.path for block in stack_of(transformer, "cost").blocks if block.key in blocks]
+
+
+def numbers_of(module: Any, weight: Any) -> int:
     """Numbers of the layer's matrix; those of a packed one by its features."""
     if hasattr(module, "in_features") and hasattr(module, "out_features"):
         return module.in_features * module.out_features
     return math.prod(weight.shape)
 
 
-def _attentions(transformer: Any, spec: TokenSpec) -> Iterator[AttentionCost]:
+def _attentions(transformer: Any, spec: TokenSpec, keys: Sequence[BlockKey] | None) -> Iterator[AttentionCost]:
     if spec.family == "NextDiT":
         attention = transformer.layers[0].attention
         heads, width = attention.n_local_heads, attention.n_local_heads * attention.head_dim
         for kind, layers in (("joint", "layers"), ("text", "context_refiner"), ("image", "noise_refiner")):
             yield AttentionCost(kind, width, heads, len(getattr(transformer, layers)))
         return
-    blocks = len(spec.blocks)
+    blocks = len(spec.blocks if keys is None else keys)
     heads, width = _heads(transformer, spec.family)
     if spec.family == "Wan":
         yield AttentionCost("image", width, heads, blocks)
         yield AttentionCost("cross", width, heads, blocks)
         return
     yield AttentionCost("joint", width, heads, blocks)
-    if spec.layers > blocks:
-        yield AttentionCost("image", width, heads, spec.layers - blocks)
+    twice = spec.layers - blocks if keys is None else sum(attends_twice(transformer, key) for key in keys)
+    if twice:
+        yield AttentionCost("image", width, heads, twice)
 
 
 def _heads(transformer: Any, family: str) -> tuple[int, int]:

@@ -18,7 +18,7 @@ from ..errors import input_error
 from .arch import arch_spec
 from .blocks import BlockKey
 
-__all__ = ["is_nextdit", "SUPPORTED", "TokenSpec", "attention_spec", "token_spec"]
+__all__ = ["SUPPORTED", "TokenSpec", "attends_twice", "attention_spec", "is_nextdit", "token_spec"]
 
 SUPPORTED = "Flux, Chroma, SD3, Lumina 2 (NextDiT), Qwen-Image, Wan"
 _CONTROL = MappingProxyType({
@@ -75,6 +75,12 @@ def is_nextdit(transformer: Any) -> bool:
     return all(hasattr(transformer, part) for part in ("patchify_and_embed", "unpatchify", "layers", "noise_refiner"))
 
 
+def attends_twice(transformer: Any, key: BlockKey) -> bool:
+    """Whether a block of SD3 has a second attention of the image alone."""
+    blocks = getattr(transformer, "joint_blocks", ())
+    return bool(blocks) and bool(getattr(getattr(blocks[key[1]], "x_block", None), "x_block_self_attn", False))
+
+
 def token_spec(transformer: Any, where: str) -> TokenSpec:
     """The spec of `transformer` (a model's `diffusion_model`).
 
@@ -96,6 +102,6 @@ def token_spec(transformer: Any, where: str) -> TokenSpec:
         raise _refused(where, name, "this variant adds full-length tokens between its blocks")
     twice = len(getattr(transformer, "x_block_self_attn_layers", None) or ())
     if arch.family == "SD3" and not twice:
-        twice = sum(bool(getattr(getattr(block, "x_block", None), "x_block_self_attn", False)) for block in transformer.joint_blocks)
+        twice = sum(attends_twice(transformer, key) for key in arch.blocks)
     control = _CONTROL.get(arch.family, {})
     return TokenSpec(arch.family, _patch(transformer), arch.blocks, len(arch.blocks) + twice, 1, arch.carries_text, control)

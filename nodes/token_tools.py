@@ -1,9 +1,9 @@
-"""Region palette: where a picture has detail, as a prior for region-adaptive sampling, and what a run will cost."""
+"""Region palette: where a picture has detail, fewer tokens where it has not, and what a run will cost."""
 
 from __future__ import annotations
 
 from ..errors import input_error
-from .declare import Node, Output, choice, integer, number, socket
+from .declare import Node, Output, boolean, choice, integer, number, socket
 
 GROUP = "region"
 
@@ -81,6 +81,48 @@ class RectiflowGrainMap(Node):
         value = fine_share if mode == "share" else threshold
         fine = fine_regions(region_means(maps, region), mode, value, smooth, self.TITLE)
         return (enlarged(fine, region, maps.shape[-2:]), float(fine.float().mean()))
+
+
+class RectiflowMixedGrainTokens(Node):
+    """Coarse regions of a grain map are one token a cell in most blocks of the model; each cell then moves as one (after D²iT)."""
+
+    TITLE = "Mixed-Grain Tokens"
+    GROUP = GROUP
+    EXPERIMENTAL = True
+    SEARCH_ALIASES = ["D2iT", "token merge", "ToMe", "grain", "speed", "faster"]
+    INPUTS = (
+        socket("model", "MODEL", "A Flux, Chroma, SD3, Qwen-Image or Wan model, after LoRA and other patches."),
+        socket("grain_map", "MASK", "From Grain Map: 1 where tokens stay as they are. One for all pictures, or one for each."),
+        integer("block_start", 2, 0, 200, "The first block that sees merged tokens, counted over all blocks from 0."),
+        integer("block_end", 200, 0, 200, "The last one; 200: up to the last there is."),
+        number("start_percent", 0.2, 0.0, 1.0, "Only from this share of the run's steps on. The layout forms before it."),
+        number("end_percent", 1.0, 0.0, 1.0, "Only before this share of the run's steps."),
+        choice("merge", ("mean", "centre"), "What stands for a cell: the mean of its tokens, or the one at its centre."),
+        choice("unmerge", ("delta", "copy"),
+            "delta: each token gets what the blocks added to its cell. copy: each gets the cell's own value, and fine structure is lost.",
+        ),
+        choice("position", ("centre", "first"), "Where a cell stands for attention: its centre, or its first token. SD3 ignores it."),
+        boolean("weight_attention", True, "A cell counts as many tokens as it holds. Off: as one, and text gains weight."),
+        integer("grain", 2, 2, 8, "Side of a cell in tokens: a coarse one is one token in place of grain².", advanced=True),
+    )  # fmt: skip
+    OUTPUTS = (
+        Output("MODEL", "model", "The same model with fewer tokens in coarse regions."),
+        Output("ATTENTION_REPORT", "report", "Tokens and FLOPs, for Attention Report; it is filled while sampling."),
+    )
+    HIDDEN = {"unique_id": "UNIQUE_ID"}  # the graph cache gives equal nodes one output; each needs a report of its own
+
+    def run(
+        self, model, grain_map, block_start, block_end, start_percent, end_percent, merge, unmerge, position, weight_attention, grain,
+        unique_id=None,
+    ):  # fmt: skip
+        from ..accel.region.mixed_binding import GrainLog, attach_mixed_grain
+        from ..accel.region.mixed_grain import MixedGrain
+
+        log = GrainLog()
+        plan = MixedGrain(
+            grain_map, block_start, block_end, start_percent, end_percent, merge, unmerge, position, weight_attention, grain
+        )  # fmt: skip
+        return (attach_mixed_grain(model, plan, log, self.TITLE), log)
 
 
 class RectiflowCostPredictor(Node):

@@ -71,6 +71,11 @@ NOTES = {
         "**sample_ratio**: 1 is the plain model, 0.2 shows where detail goes; **starvation** 0 shows tokens that are never computed "
         "again."
     ),
+    "mixed_grain": (
+        "A draft says where detail is; in the second run the other half of the picture goes through most blocks as one token for four. "
+        "The report has tokens and FLOPs. Change **fine_share** of Grain Map: 1 is the plain model; **end_percent** 1 leaves noise in "
+        "coarse regions, **unmerge** `copy` shows what `delta` keeps."
+    ),
     "region_with_cache": (
         "A cache around region-adaptive sampling: steps the cache answers never reach the regions, and both reports say what they "
         "did. Change **interval** of the cache (1 turns it off) and **sample_ratio** of the regions (1 turns them off)."

@@ -23,6 +23,7 @@ from ...errors import input_error
 from ..cache.clock import StepClock
 from .break_even import least_tokens
 from .dispatch import AttentionCall, RunFacts, attach
+from .heads import weighted_keys
 
 __all__ = ["LAYER_RULES", "ContextDrop", "DropLog", "attach_context_drop", "break_even", "dropped_layers", "pooled", "pooled_attention"]
 
@@ -59,8 +60,7 @@ def pooled_mask(mask: torch.Tensor, text: int, sides: tuple[int, ...], side: int
 def pooled_attention(call: AttentionCall, side: int, weighted: bool, by_channel: bool | None = None) -> torch.Tensor:
     """Attention of all queries over text, pooled image and extra keys, (b, h, n, d).
 
-    by_channel: whether weights are added by one more channel of queries and keys, or by a mask. None: by a mask on the CPU, where one row
-    of it costs least; elsewhere masks would cost most backends their fast path.
+    by_channel: see `weighted_keys`.
     """
     lengths = [call.text, math.prod(call.sides), call.extra]
     keys, values = ([*x.split(lengths, dim=2)] for x in (call.k, call.v))
@@ -71,29 +71,7 @@ def pooled_attention(call: AttentionCall, side: int, weighted: bool, by_channel:
     if not weighted or call.text + call.extra == 0 and bool((counts == counts[0]).all()):
         return call.default(call.q, k, v, mask)  # a weight that all keys share falls out of the softmax
     bias = torch.cat((k.new_zeros(call.text), counts.log().to(k.dtype), k.new_zeros(call.extra)))
-    if k.device.type != "cpu" if by_channel is None else by_channel:
-        return _with_channel(call, k, v, bias, mask)
-    added = bias[None, None, None]
-    if mask is not None:
-        added = torch.where(mask, added, -torch.inf) if mask.dtype == torch.bool else mask + added[(0,) * max(0, 4 - mask.ndim)]
-    return call.default(call.q, k, v, added)
-
-
-def _with_channel(call: AttentionCall, k: torch.Tensor, v: torch.Tensor, bias: torch.Tensor, mask: torch.Tensor | None) -> torch.Tensor:
-    """Attention with `bias` (m) added to every query's scores by one more channel.
-
-    The width stays a multiple of 8 for the backends; the scale that they take from it is undone on the queries.
-    """
-    d = k.shape[-1]
-    more = 8 - d % 8
-    width = d + more
-
-    def widened(x: torch.Tensor, channel: torch.Tensor) -> torch.Tensor:
-        return torch.cat((x, channel.to(x.dtype).expand(*x.shape[:3], 1), x.new_zeros(()).expand(*x.shape[:3], more - 1)), dim=-1)
-
-    q = widened(call.q * math.sqrt(width / d), call.q.new_ones(()))
-    k = widened(k, bias[:, None] * math.sqrt(width))
-    return call.default(q, k, F.pad(v, (0, more)), mask)[..., :d]
+    return weighted_keys(call.default, call.q, k, v, bias, mask, by_channel)
 
 
 def dropped_layers(rule: str, layers: int, sigma: float) -> range:

@@ -8,7 +8,8 @@ An override that was there before is kept: it gets what no handler takes, and wh
 and then calls on, such as RF-Edit's, says so by the attribute `rectiflow_passes_on` and stands before the handlers.
 
 NextDiT has no block patches: its attentions are counted within a call, the refiners' first. HunyuanVideo has text behind the image, and
-tokens of a reference picture in front. A call over part of the tokens (RAS between its dense steps) passes untouched.
+tokens of a reference picture in front. A call over part of the tokens (RAS between its dense steps) passes untouched,
+and so do blocks whose tokens are merged (mixed grains).
 """
 
 from __future__ import annotations
@@ -23,7 +24,9 @@ import torch
 from ...families.blocks import BlockKey
 from ...families.tokens import TokenSpec, attention_spec
 from ..region.binding import RUN as REGION_RUN
+from ..region.cells import BLOCK as GRAIN_BLOCK
 from ..region.grid import TokenGrid
+from .heads import apart, joined
 
 __all__ = ["AttentionCall", "Handler", "Plan", "RunFacts", "attach", "detach"]
 
@@ -228,32 +231,23 @@ class _Call:
 
     def _layer(self, options: dict) -> _Layer | None:
         if self.run.spec.blocks:
-            return options.get(TAG)
+            return None if GRAIN_BLOCK in options else options.get(TAG)  # merged tokens are no grid
         self.counted += 1
         number = self.counted - 1 - self.run.refiners
         return None if number < 0 else _Layer((LAYER, number), None)
 
     def _attend(self, backend: Callable, args: tuple, kwargs: dict) -> torch.Tensor:
         layer = self._layer(kwargs.get("transformer_options") or {})
-        heads = kwargs["heads"] if "heads" in kwargs else args[3] if len(args) > 3 else None
-        if layer is None or heads is None or len(args) < 3:
+        found = None if layer is None else apart(backend, args, kwargs)
+        if found is None:
             return backend(*args, **kwargs)
         place, layer.calls = layer.calls, layer.calls + 1
-        q, k, v, *rest = args
-        mask = kwargs.get("mask", rest[1] if len(rest) > 1 else None)
-        if not kwargs.get("skip_reshape"):  # ComfyUI's SD3 gives queries (b, n, h·d), keys and values (b, n, h, d)
-            q, k, v = (x.reshape(*x.shape[:2], heads, -1).transpose(1, 2) for x in (q, k, v))
+        q, k, v, mask, default = found
         tokens = q.shape[2]
         text = 0 if place else tokens - self.image if layer.text is None else layer.text
         extra = tokens - text - self.image
         if not q.shape == k.shape == v.shape or text < 0 or extra < 0 or place and not self.run.spec.text_inside:
             return backend(*args, **kwargs)
-
-        def default(q, k, v, mask=mask):
-            ours = ("heads", "mask", "skip_reshape", "skip_output_reshape")
-            changed = {name: value for name, value in kwargs.items() if name not in ours}
-            out = backend(q, k, v, heads, mask=mask, skip_reshape=True, **changed)  # (b, n, h·d)
-            return out.unflatten(-1, (heads, -1)).transpose(1, 2)
 
         keys = tuple(zip(self.given.get("uuids") or (None,), self.given.get("cond_or_uncond") or (0,)))
         window = getattr(self.given.get("context_window"), "index_list", None)
@@ -262,6 +256,6 @@ class _Call:
         for handler in self.handlers:
             out = handler.attend(call)
             if out is not None:
-                return out if kwargs.get("skip_output_reshape") else out.transpose(1, 2).flatten(2)
+                return joined(out, kwargs)
         return backend(*args, **kwargs)
 

@@ -19,16 +19,17 @@ from ...families.tokens import TokenSpec, token_spec
 from ..cache.binding import RUN as CACHE_RUN
 from .embed import NAMES, embed_patches, running
 from .hooks import PartialCall
+from .mixed_grain import KEY as GRAIN_KEY
 from .plan import RegionPlan
 from .report import RegionLog
 from .run import RegionRun, RunShape
 
-__all__ = ["attach", "detach", "is_attached"]
+__all__ = ["CALL_ARGUMENTS", "attach", "detach", "is_attached", "refuse_block_caches"]
 
 KEY = "rectiflow_ras"
 RUN = "rectiflow_ras_run"
 OUTER, PREDICT, APPLY = "outer_sample", "predict_noise", "apply_model"
-_APPLY_ARGUMENTS = ("x", "t", "c_concat", "c_crossattn", "control", "transformer_options")
+CALL_ARGUMENTS = ("x", "t", "c_concat", "c_crossattn", "control", "transformer_options")
 _CALLBACK, _MASK, _SIGMAS, _SEED = 5, 4, 3, 7  # places in OUTER_SAMPLE's arguments
 
 
@@ -42,6 +43,9 @@ def attach(model: Any, plan: RegionPlan, log: RegionLog, where: str) -> Any:
     Raises: NodeInputError for settings that do not fit, a model that has RAS already, or a family whose tokens cannot be reached.
     """
     plan.check(where)
+    if model.wrappers.get(OUTER, {}).get(GRAIN_KEY):
+        remedy = "Keep one of these nodes between model and sampler."
+        raise input_error(where, "model", "a model with mixed-grain tokens", "a model without them", remedy)
     if is_attached(model):
         remedy = "Keep one of these nodes between model and sampler."
         raise input_error(where, "model", "a model with region-adaptive sampling", "a model without it", remedy)
@@ -138,8 +142,8 @@ def _visit(executor, x, timestep, *args, **kwargs):
 
 
 def _model_call(executor, *args, **kwargs):
-    given = {**dict(zip(_APPLY_ARGUMENTS, args)), **kwargs}
-    rest = args[len(_APPLY_ARGUMENTS) :]
+    given = {**dict(zip(CALL_ARGUMENTS, args)), **kwargs}
+    rest = args[len(CALL_ARGUMENTS) :]
     options = given.get("transformer_options") or {}
     run: RegionRun | None = options.get(RUN)
     if run is None or run.inside or not run.visiting:
@@ -149,13 +153,13 @@ def _model_call(executor, *args, **kwargs):
     if not fits or any(sigma != sigmas[0] for sigma in sigmas):
         run.record.note("a call over an area, a window or several sigmas passed untouched")
         return executor(*args, **kwargs)
-    _refuse_block_caches(options, run)
+    refuse_block_caches(options, "Region-Adaptive Sampling", run.enabled)
 
     def go(partial: PartialCall | None) -> torch.Tensor:
         if partial is None:
             return executor(*args, **kwargs)
         changed = {**given, "control": partial.residuals(given.get("control"), x.shape[0]), "transformer_options": partial.patched(options)}
-        first = [changed.pop(name, None) for name in _APPLY_ARGUMENTS]
+        first = [changed.pop(name, None) for name in CALL_ARGUMENTS]
         with nullcontext() if run.spec.blocks else running(partial):
             return executor(*first, *rest, **changed)
 
@@ -166,9 +170,10 @@ def _model_call(executor, *args, **kwargs):
         run.inside = False
 
 
-def _refuse_block_caches(options: dict, run: RegionRun) -> None:
+def refuse_block_caches(options: dict, beside: str, enabled: bool) -> None:
+    """Raises: NodeInputError where a cache keeps tokens by place, in a run where `beside`, a node's title, moves them."""
     cache = options.get(CACHE_RUN)
     target = getattr(getattr(cache, "target", None), "name", "output")
-    if cache is not None and target not in ("output", "output_delta") and run.enabled:
+    if cache is not None and target not in ("output", "output_delta") and enabled:
         remedy = "Set granularity of the cache node to output: other caches keep tokens by place, which move here."
-        raise input_error("Cache with Region-Adaptive Sampling", "granularity", target, "output", remedy)
+        raise input_error(f"Cache with {beside}", "granularity", target, "output", remedy)

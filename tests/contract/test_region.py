@@ -36,6 +36,20 @@ GRAPHS = {
         sample=ksampler(["encode", 0], model=["ras", 0], steps=6, sampler_name="heun", denoise=0.7), decode=decoded(["sample", 0]),
         save=shown(["decode", 0]),
     ),
+    "mixed grains, batch of two": stock(
+        density=("RectiflowInformationDensityMap", {
+            "region": 16, "sigma": 0.01, "bins": 0, "source": "luma", "image": ["picture", 0],
+        }),
+        grains=("RectiflowGrainMap", {
+            "density": ["density", 0], "mode": "share", "fine_share": 0.5, "threshold": 0.5, "region": 16, "smooth": 0,
+        }),
+        mixed=("RectiflowMixedGrainTokens", {
+            "model": ["load", 0], "grain_map": ["grains", 0], "block_start": 1, "block_end": 7, "start_percent": 0.2, "end_percent": 0.9,
+            "merge": "mean", "unmerge": "delta", "position": "centre", "weight_attention": True, "grain": 2,
+        }),
+        empty=("RectiflowEmptyLatent", {"vae": ["load", 2], "width": 64, "height": 64, "batch_size": 2}),
+        sample=ksampler(["empty", 0], model=["mixed", 0], steps=8), decode=decoded(["sample", 0]), save=shown(["decode", 0]),
+    ),
 }  # fmt: skip
 
 
