@@ -175,19 +175,29 @@ class RectiflowTrainLoss(Node):
 
     TITLE = "Train Loss"
     GROUP = GROUP
-    SEARCH_ALIASES = ["huber", "mse", "loss weighting"]
+    SEARCH_ALIASES = ["huber", "mse", "loss weighting", "wavelet", "ultraflux"]
     INPUTS = (
-        choice("kind", ("mse", "pseudo_huber", "huber"), "pseudo_huber and huber forgive single large errors."),
+        choice("kind", ("mse", "pseudo_huber", "huber", "huber_wavelet"),
+            "pseudo_huber and huber forgive single large errors. huber_wavelet: UltraFlux's, over the clean picture's Haar bands."),
         choice("weighting", ("none", "sigma2", "inverse", "min_snr"), "Weight over sigma; sigma2: error of the denoised picture."),
         number("c_scale", 0.00054, 0.000001, 1.0, "Of pseudo_huber: c over the numbers of a picture.", step=0.00001, advanced=True),
         number("delta", 1.0, 0.001, 100.0, "Of huber: where it turns from square to linear.", advanced=True),
+        number("c_min", 0.2, 0.001, 1000000.0, "Of huber_wavelet: where it turns from square to linear at sigma 1.", optional=True,
+            advanced=True),
+        number("c_max", 1.0, 0.001, 1000000.0, "The same at low sigma; at least c_min.", optional=True, advanced=True),
+        number("snr_gamma", 5.0, 0.1, 100.0, "Of huber_wavelet: signal over noise, ((1 − σ)/σ)², above which all sigmas are alike.",
+            optional=True, advanced=True),
+        number("beta", 0.0, 0.0, 1.0, "Of huber_wavelet: power of that ratio in its weight; 0: σ/(1 − σ), 0.5: even at high noise.",
+            optional=True, advanced=True),
+        number("alpha", 0.5, 0.0, 1.0, "Of huber_wavelet: power by which c falls with the noise; 0: c_max everywhere.", optional=True,
+            advanced=True),
     )
     OUTPUTS = (Output("TRAIN_LOSS", "loss", "For Train."),)
 
-    def run(self, kind, weighting, c_scale, delta):
+    def run(self, kind, weighting, c_scale, delta, **wavelet):
         from ..train.losses import Loss
 
-        return (Loss(kind, weighting, c_scale, delta),)
+        return (Loss(kind, weighting, c_scale, delta, **wavelet),)
 
 
 class RectiflowTrainOptimizer(Node):

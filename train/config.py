@@ -12,7 +12,7 @@ from ..errors import input_error
 from .densities import Density
 from .losses import Loss
 from .optim import Optim
-from .targets import Target
+from .targets import AT_NOISE, Target
 
 __all__ = ["RESUME", "TrainConfig"]
 
@@ -71,6 +71,9 @@ class TrainConfig:
         for name, holds, allowed in checks:
             if not holds:
                 raise input_error("Train", name, getattr(self, name), allowed, "Correct the value.")
+        if self.loss.kind == "huber_wavelet" and self.target.kind in AT_NOISE:
+            allowed = f"another loss with target {self.target.kind}: at sigma 1, where it stands, this one's weight has no value"
+            raise input_error("Train", "loss", self.loss.kind, allowed, "Choose pseudo_huber.")
 
     @property
     def examples(self) -> int:

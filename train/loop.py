@@ -259,7 +259,8 @@ class Trainer:
         prediction = self.trainee.velocity(point.x, point.sigma, cond)
         place = prediction.device
         weight = None if weight is None else weight.to(place)
-        loss = (config.loss.over_sigma(point.sigma).to(place) * config.loss.each(prediction - wanted.to(place), weight)).mean()
+        each = config.loss.each(prediction - wanted.to(place), point.sigma, weight)
+        loss = (config.loss.over_sigma(point.sigma).to(place) * each).mean()
         if config.target.kind == "flow_guided_distill":
             loss = config.target.pair_weight * loss
         for auxiliary in sorted(self.auxiliaries, key=lambda each: each.name):  # one order, so that the order of linking changes no bit

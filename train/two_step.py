@@ -53,4 +53,4 @@ class TwoStep:
             s = sigma.view(-1, *[1] * (noise.ndim - 1))
             middle = noise - (1.0 - s) * first
             end = middle - s * self.flow.velocity(middle, sigma, cond)
-        return self.distance.each(noise - velocity - end).mean()
+        return self.distance.each(noise - velocity - end, ones).mean()

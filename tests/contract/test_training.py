@@ -92,6 +92,17 @@ def test_an_interrupt_through_the_api_leaves_a_checkpoint(comfyui_server):
     assert json.loads(comfyui_server.run(more)["outputs"]["show"]["text"][0])["steps"] == kept.step + 1
 
 
+def test_the_wavelet_loss_is_the_same_on_both_hosts(comfyui_server, embedded):
+    """With the nodes that split and merge a latent in front of it: the data set is a latent that was taken apart and joined."""
+    wavelet = {"kind": "huber_wavelet", "weighting": "none", "c_scale": 0.00054, "delta": 1.0, "beta": 0.5}
+    asked = graph("wavelet", loss=["loss", 0]) | stock(
+        loss=("RectiflowTrainLoss", wavelet), bands=("RectiflowLatentWaveletSplit", {"latent": ["encode", 0]}),
+        joined=("RectiflowLatentWaveletMerge", {"LL": ["bands", 0], "LH": ["bands", 1], "HL": ["bands", 2], "HH": ["bands", 3]}),
+        data=("RectiflowLatentDataset", {"latents": ["joined", 0], "positive": ["yes", 0]}),
+    )  # fmt: skip
+    both_hosts_agree(asked, comfyui_server, embedded)
+
+
 PAIRS = {
     "solver": ("RectiflowFlowODESampler", {"solver": "euler", "start_from": "noise", "last_step": "euler"}),
     "grid": ("RectiflowUniformFlowSigmas", {"steps": 4, "start": 1.0, "end": 0.0}),

@@ -14,7 +14,7 @@ from rectiflow.train.densities import DENSITIES, Density
 from rectiflow.train.draws import Draws, Order, seeded
 from rectiflow.train.history import History, StepRecord, ValidationRecord
 from rectiflow.train.loop import Trainer
-from rectiflow.train.losses import Loss
+from rectiflow.train.losses import KINDS, Loss
 from rectiflow.train.optim import Optim, lr_factor, orthogonal, square_tiles
 from rectiflow.train.optim import from_tiles as joined
 from rectiflow.train.targets import Target, point_at
@@ -94,22 +94,23 @@ def test_one_step_distillation_stands_at_pure_noise():
     assert torch.equal(point.x, paired) and point.sigma.eq(1.0).all()
 
 
-@pytest.mark.parametrize("kind", ["mse", "pseudo_huber", "huber"])
+@pytest.mark.parametrize("kind", KINDS)
 def test_losses_are_zero_at_the_answer_and_pull_towards_it(kind):
-    loss = Loss(kind)
-    assert loss.each(torch.zeros(2, 3, 4)).eq(0.0).all()
-    difference = torch.tensor([[0.5, -2.0, 3.0]], requires_grad=True)
-    loss.each(difference).sum().backward()
+    """Every kind grows with each number of the difference; that of bands is tried on a square of equal numbers, which has one band."""
+    loss, sigma = Loss(kind), torch.tensor([0.3, 0.8])
+    assert loss.each(torch.zeros(2, 3, 4, 4), sigma).eq(0.0).all()
+    difference = torch.tensor([0.5, -2.0, 3.0]).view(1, 3, 1, 1).expand(1, 3, 2, 2).clone().requires_grad_(True)
+    loss.each(difference, sigma[:1]).sum().backward()
     assert torch.equal(difference.grad.sign(), difference.detach().sign())
 
 
 def test_losses_in_closed_form():
-    difference = torch.tensor([[3.0, 4.0]])
-    assert float(Loss("mse").each(difference)) == 12.5
+    difference, sigma = torch.tensor([[3.0, 4.0]]), torch.tensor([0.5])
+    assert float(Loss("mse").each(difference, sigma)) == 12.5
     c = 0.00054 * 2
-    assert float(Loss("pseudo_huber").each(difference)) == pytest.approx((math.sqrt(25 + c * c) - c) / 2, rel=1e-6)
-    assert float(Loss("huber").each(difference)) == pytest.approx((2.5 + 3.5) / 2)
-    assert float(Loss("mse").each(difference, torch.tensor([[1.0, 0.0]]))) == 4.5
+    assert float(Loss("pseudo_huber").each(difference, sigma)) == pytest.approx((math.sqrt(25 + c * c) - c) / 2, rel=1e-6)
+    assert float(Loss("huber").each(difference, sigma)) == pytest.approx((2.5 + 3.5) / 2)
+    assert float(Loss("mse").each(difference, sigma, torch.tensor([[1.0, 0.0]]))) == 4.5
 
 
 @pytest.mark.parametrize("weighting", ["none", "sigma2", "inverse", "min_snr"])
