@@ -44,16 +44,21 @@ class RectiflowRopeExtrapolation(Node):
             optional=True, advanced=True,
         ),
         number("beta", 1.25, 0.0, 64.0, "blend yarn: at so many turns and above, a frequency is kept.", optional=True, advanced=True),
+        choice("apply_to", ("all", "picture"),
+            "Of attention_scale. all: text is sharpened with the picture. picture: only what picture tokens see of the picture.",
+            optional=True, advanced=True,
+        ),
     )
     OUTPUTS = (Output("MODEL", "model", "The same model; at its training size and below it gives the same picture bit for bit."),)
 
     def run(
         self, model, method, train_rows, train_columns, scale_from, scale, attention_scale,
         watershed=0.3, amplitude=True, snap="code", blend="ntk_by_parts", alpha=0.75, beta=1.25,
+        apply_to="all",
     ):  # fmt: skip
         from ..accel.attention.rope import RopePlan, attach
         from ..accel.attention.rope_spectrum import RopeScaling
 
         trained = (train_rows, train_columns)
         scaling = RopeScaling(method, trained, scale_from, scale, watershed, amplitude, snap, blend, alpha, beta)
-        return (attach(model, RopePlan(scaling, attention_scale), self.TITLE),)
+        return (attach(model, RopePlan(scaling, attention_scale, apply_to), self.TITLE),)

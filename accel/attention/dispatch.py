@@ -21,6 +21,7 @@ from typing import Any, Protocol
 
 import torch
 
+from ...errors import input_error
 from ...families.blocks import BlockKey
 from ...families.tokens import TokenSpec, attention_spec
 from ..region.binding import RUN as REGION_RUN
@@ -54,7 +55,8 @@ class AttentionCall:
 
     q, k, v: (b, h, n, d), n = text + image + extra tokens: text being those in front of the image, extra those behind it, of reference
     pictures; in HunyuanVideo the other way round. sides: the image's tokens along each axis. layer, place: the block, and which of its
-    attentions this is. keys: (uuid, kind) of each part of the batch; window: frames of a context window, or None.
+    attentions this is. keys: (uuid, kind) of each part of the batch; window: frames of a context window, or None. rotations: the 2×2
+    matrices that q and k were turned by, (b or 1, 1, n, d/2, 2, 2), where a family gives them to its blocks.
     """
 
     q: torch.Tensor
@@ -70,10 +72,15 @@ class AttentionCall:
     keys: tuple[tuple[Any, int], ...]
     default: Callable[..., torch.Tensor]  # default(q, k, v, mask) → (b, h, n, d), what would have run
     window: tuple[int, ...] | None = None
+    rotations: torch.Tensor | None = None
 
 
 class Handler(Protocol):
-    """What a node does with attention during one run."""
+    """What a node does with attention during one run.
+
+    One that answers every attention, so that none would be left to another, says who it is by an attribute `alone`; a run with it and
+    another handler is refused.
+    """
 
     def active(self, sigma: float) -> bool:
         """Whether it takes part in model calls at this sigma."""
@@ -104,11 +111,24 @@ class _Run:
 
 @dataclass
 class _Layer:
-    """A block while it runs. text: tokens in front of the image in its attention; None where they are counted from the length."""
+    """A block while it runs. text: tokens in front of the image in its attention; None where they are counted from the length.
+
+    rotations: its rotary table as the host gives it, None where it gives none.
+    """
 
     key: BlockKey
     text: int | None
+    rotations: Any = None
     calls: int = 0
+
+    def rotations_of(self, q: torch.Tensor) -> torch.Tensor | None:
+        """The table for q (b, h, n, d), heads in the second axis; None where there is none of this size."""
+        table = self.rotations
+        if not isinstance(table, torch.Tensor) or table.ndim != 6 or table.shape[-2:] != (2, 2):
+            return None
+        if table.shape[1] != 1:  # Wan's has the axis of heads behind the tokens
+            table = table.transpose(1, 2)
+        return table if table.shape[1:4] == (1, q.shape[2], q.shape[3] // 2) else None
 
 
 def attach(model: Any, plan: Plan, where: str) -> Any:
@@ -152,12 +172,20 @@ def _sampling(plan: Plan, where: str, executor: Any, args: tuple, kwargs: dict) 
     run.handlers.append(handler)
     options[RUN] = run
     try:
+        _refuse_company(run.handlers, where)
         return executor(*args, **kwargs)
     finally:
         run.handlers.remove(handler)
         if before is None:
             options.pop(RUN, None)
         handler.close()
+
+
+def _refuse_company(handlers: Sequence[Handler], where: str) -> None:
+    alone = next((handler.alone for handler in handlers if getattr(handler, "alone", "")), "")
+    if alone and len(handlers) > 1:
+        got = f"another node that takes over its attention, beside {alone}"
+        raise input_error(where, "model", got, "one of them", "Take one of the two out, or set apply_to to all.")
 
 
 def _model_call(executor, *args, **kwargs):
@@ -212,7 +240,7 @@ class _Call:
             if args.get("txt") is not None and self.run.spec.text_inside:
                 last = self.run.spec.text_last
                 self.text = args["img"].shape[1] - self.image if last else args["txt"].shape[1]
-            tagged = {**(args.get("transformer_options") or {}), TAG: _Layer(key, self.text)}
+            tagged = {**(args.get("transformer_options") or {}), TAG: _Layer(key, self.text, args.get("pe"))}
             args = {**args, "transformer_options": tagged}
             return extra["original_block"](args) if earlier is None else earlier(args, extra, **more)
 
@@ -252,7 +280,8 @@ class _Call:
         keys = tuple(zip(self.given.get("uuids") or (None,), self.given.get("cond_or_uncond") or (0,)))
         window = getattr(self.given.get("context_window"), "index_list", None)
         window = None if window is None else tuple(window)
-        call = AttentionCall(q, k, v, mask, text, self.grid.sides, extra, layer.key, place, self.sigma, keys, default, window)
+        turned = layer.rotations_of(q)
+        call = AttentionCall(q, k, v, mask, text, self.grid.sides, extra, layer.key, place, self.sigma, keys, default, window, turned)
         for handler in self.handlers:
             out = handler.attend(call)
             if out is not None:

@@ -4,15 +4,8 @@ The patch asks the model's own embedder for its table and exchanges the channels
 other channel, and every table inside the training size, is the model's own bit for bit. The scale follows the latent of each call, which
 makes another size after an interrupt, or two sizes in one graph, plain cases; the time of the flow follows the call's sigma, per sample.
 
-Attention length scale: with N tokens of the picture and N₀ of the training size, logits are multiplied by a factor through cos and sin of
-queries and keys, √factor each:
-
-    paper_log     max(1, log N / log N₀)            FiTv2, arXiv 2410.13925, eq. 15
-    fit_code      max(1, log 2N / log N₀)           FiTv2's code, with which its figures were made
-    lumina_sqrt   max(1, √(log N / log N₀))         Lumina-Next, arXiv 2406.18583
-
-Both papers have the picture's tokens alone in the attention. Here text stands beside them and its table is scaled too; where N ≤ N₀ the
-table is untouched.
+The attention length scale (length_scale.py) of all tokens goes through the table too: cos and sin of queries and keys, √factor each; where
+there are no more tokens than in training the table is untouched. That of the picture's tokens alone is attached beside it.
 """
 
 from __future__ import annotations
@@ -29,25 +22,32 @@ from torch import nn
 
 from ...errors import input_error
 from ...families.rotary import RotarySpec, rotary_spec
+from .length_scale import ACTS_ON, LENGTH_SCALES, attach_picture_scale, length_factor
 from .rope_spectrum import RopeScaling, amplitude, scaled_frequencies
 
-__all__ = ["LENGTH_SCALES", "RopePlan", "ScaledRotary", "attach", "length_factor"]
+__all__ = ["RopePlan", "ScaledRotary", "attach"]
 
 KEY = "rectiflow_rope"
-LENGTH_SCALES = ("off", "paper_log", "fit_code", "lumina_sqrt")
 
 
 @dataclass(frozen=True)
 class RopePlan:
-    """What to scale: the frequencies, and the logits by the number of tokens."""
+    """What to scale: the frequencies, and the logits by the number of tokens; acts_on: which logits, one of ACTS_ON."""
 
     scaling: RopeScaling
     length_scale: str = "off"
+    acts_on: str = "all"
 
     def check(self, where: str) -> None:
         self.scaling.check(where)
-        if self.length_scale not in LENGTH_SCALES:
-            raise input_error(where, "attention_scale", self.length_scale, ", ".join(LENGTH_SCALES), "Choose one of these.")
+        for name, got, known in (("attention_scale", self.length_scale, LENGTH_SCALES), ("apply_to", self.acts_on, ACTS_ON)):
+            if got not in known:
+                raise input_error(where, name, got, ", ".join(known), "Choose one of these.")
+
+    @property
+    def through_the_table(self) -> str:
+        """The length scale that the rotary table carries."""
+        return self.length_scale if self.acts_on == "all" else "off"
 
 
 @dataclass(frozen=True)
@@ -68,15 +68,6 @@ def running(call: RopeCall) -> Iterator[None]:
         yield
     finally:
         _RUNNING.reset(token)
-
-
-def length_factor(kind: str, tokens: int, trained: int) -> float:
-    """What logits of `tokens` image tokens are multiplied by; 1 for no more than `trained`."""
-    if kind == "off" or tokens <= trained:
-        return 1.0
-    asked = 2 * tokens if kind == "fit_code" else tokens
-    ratio = math.log(asked) / math.log(trained)
-    return math.sqrt(ratio) if kind == "lumina_sqrt" else ratio
 
 
 def _rotations(positions: torch.Tensor, omega: torch.Tensor, size: float) -> torch.Tensor:
@@ -102,7 +93,7 @@ class ScaledRotary(nn.Module):
             return self.original(ids)
         scaling = self.plan.scaling
         scales = scaling.scales(call.tokens)
-        factor = length_factor(self.plan.length_scale, math.prod(call.tokens), math.prod(scaling.trained))
+        factor = length_factor(self.plan.through_the_table, math.prod(call.tokens), math.prod(scaling.trained))
         if scales == (1.0, 1.0):
             table = self.original(ids)
         else:
@@ -155,4 +146,6 @@ def attach(model: Any, plan: RopePlan, where: str) -> Any:
             return executor(x, t, *args, **kwargs)
 
     patched.add_wrapper_with_key("apply_model", KEY, around_call)
+    if plan.acts_on == "picture" and plan.length_scale != "off":
+        patched = attach_picture_scale(patched, plan.length_scale, math.prod(plan.scaling.trained), where)
     return patched

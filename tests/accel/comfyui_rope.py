@@ -52,6 +52,11 @@ def answers(name: str, node: type) -> dict:
     wide = bench.draw(FALLING)
     found["same_off"] = torch.equal(bench.draw(FALLING, scaled("none")), wide)
     timed = bench.draw(FALLING, scaled("time_aware"))
+    try:
+        picture, both = (bench.draw(FALLING, scaled("none", attention_scale="paper_log", apply_to=to)) for to in ("picture", "all"))
+        found["picture"] = [float((picture - other).abs().max()) for other in (wide, both)]
+    except ValueError as refusal:
+        found["picture"] = str(refusal)
     found["finite"], found["moved_wide"] = bool(timed.isfinite().all()), float((timed - wide).abs().max())
     return found
 

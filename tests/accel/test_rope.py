@@ -6,7 +6,8 @@ import math
 
 import pytest
 import torch
-from rectiflow.accel.attention.rope import KEY, LENGTH_SCALES, RopePlan, ScaledRotary, attach, length_factor
+from rectiflow.accel.attention.length_scale import LENGTH_SCALES, length_factor
+from rectiflow.accel.attention.rope import KEY, RopePlan, ScaledRotary, attach
 from rectiflow.accel.attention.rope_spectrum import (
     METHODS,
     RopeScaling,

@@ -24,6 +24,18 @@ def test_a_family_draws_with_scaled_positions(answers, family):
     assert found["error"] <= 1e-4 * max(1.0, found["moved"])
 
 
+@pytest.mark.parametrize("family", SCALED)
+def test_sharper_attention_of_the_picture_alone(answers, family):
+    """Beside text it is neither the plain run nor that of all tokens; Wan has no text there, and the variants are not read so closely."""
+    found = answers[family]["picture"]
+    if isinstance(found, str):
+        assert family in ("Wan VACE", "Wan Camera", "HiDream") and "'apply_to'" in found
+    elif family == "Wan":
+        assert found[0] > 1e-3 and found[1] < 1e-5
+    else:
+        assert found[0] > 1e-3 and found[1] > 1e-3
+
+
 def test_every_other_family_is_refused_by_name(answers):
     others = {name: found for name, found in answers.items() if name not in SCALED}
     assert others
