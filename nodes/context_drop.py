@@ -24,6 +24,10 @@ class RectiflowContextDrop(Node):
         integer("base_tokens", 4096, 1, 1000000, "factor 0 only: image tokens at the training size; factor = √(tokens/base_tokens).",
             advanced=True,
         ),
+        choice("pool", ("mean", "rope_free"),
+            "rope_free: keys are averaged before their rotation and turned to the square's middle; Flux, Chroma, Qwen-Image, Wan, Hunyuan.",
+            optional=True, advanced=True,
+        ),
     )  # fmt: skip
     OUTPUTS = (
         Output("MODEL", "model", "The same model with fewer keys."),
@@ -31,9 +35,9 @@ class RectiflowContextDrop(Node):
     )
     HIDDEN = {"unique_id": "UNIQUE_ID"}  # the graph cache gives equal nodes one output; each needs a report of its own
 
-    def run(self, model, factor, weighted, layers, start_percent, end_percent, min_tokens, base_tokens, unique_id=None):
+    def run(self, model, factor, weighted, layers, start_percent, end_percent, min_tokens, base_tokens, pool="mean", unique_id=None):
         from ..accel.attention.context_drop import ContextDrop, DropLog, attach_context_drop
 
         log = DropLog()
-        plan = ContextDrop(log, self.TITLE, factor, weighted, layers, start_percent, end_percent, min_tokens, base_tokens)
+        plan = ContextDrop(log, self.TITLE, factor, weighted, layers, start_percent, end_percent, min_tokens, base_tokens, pool)
         return (attach_context_drop(model, plan), log)

@@ -8,6 +8,11 @@ one token, so text gains weight by r². With it the answer is that of dense atte
 Time-aware: with t = 1 − sigma, (1 − t)·L of the L layers drop keys, all at pure noise and none at the picture. The paper does not say
 which: `time_linear` the first ones, `last_first` the last; `all` is every layer at every time. A square at the edge of a grid that r does
 not divide is smaller. Keys are pooled as attention gets them, already rotated, as in the released code; of clips, each frame by itself.
+
+`rope_free`: with k_j = R(p_j)·κ_j, the square's key is R(p̄)·mean κ_j at its mean place p̄, in place of mean R(p_j)·κ_j, which wears fast
+pairs of channels down by the mean of their turns. R is the table that the block was given; κ_j = R(p_j)⁻¹·k_j takes nothing from the
+model. R(p̄) is read off the table too: the sum of R over the middle tokens of the square, at p̄ or half a token around it, is R(p̄) times a
+positive number for every pair that turns by less than half a circle a token.
 """
 
 from __future__ import annotations
@@ -20,14 +25,20 @@ import torch
 import torch.nn.functional as F
 
 from ...errors import input_error
+from ...families.tokens import attention_spec
 from ..cache.clock import StepClock
 from .break_even import least_tokens
 from .dispatch import AttentionCall, RunFacts, attach
 from .heads import weighted_keys
 
-__all__ = ["LAYER_RULES", "ContextDrop", "DropLog", "attach_context_drop", "break_even", "dropped_layers", "pooled", "pooled_attention"]
+__all__ = [
+    "LAYER_RULES", "POOLS", "ContextDrop", "DropLog", "attach_context_drop", "break_even", "dropped_layers", "pooled", "pooled_attention",
+    "pooled_before_rotation",
+]  # fmt: skip
 
 LAYER_RULES = ("time_linear", "last_first", "all")
+POOLS = ("mean", "rope_free")
+ROTATED = ("Flux", "HunyuanVideo", "Qwen-Image", "Wan")  # families that give a rotary table to their blocks
 SIDES = (1, 8)  # of a square, in tokens
 
 
@@ -37,6 +48,37 @@ def pooled(tokens: torch.Tensor, sides: tuple[int, ...], side: int) -> torch.Ten
     grid = tokens.reshape(-1, 1, rows, columns, tokens.shape[-1])
     means = F.avg_pool3d(grid, (min(side, rows), min(side, columns), 1), ceil_mode=True, count_include_pad=False)
     return means.reshape(*tokens.shape[:2], -1, tokens.shape[-1])
+
+
+def pooled_before_rotation(keys: torch.Tensor, rotations: torch.Tensor, sides: tuple[int, ...], side: int) -> torch.Tensor:
+    """Means of what `keys` (b, h, n, d) were before their `rotations` (b or 1, 1, n, d/2, 2, 2), rotated to the squares' mean places."""
+    table = rotations.float()
+    means = pooled(_turned(keys.float(), table.transpose(-1, -2) / _squared(table)), sides, side)
+    return _turned(means, middle_rotations(table, sides, side)).to(keys.dtype)
+
+
+def middle_rotations(table: torch.Tensor, sides: tuple[int, ...], side: int) -> torch.Tensor:
+    """The rotation at each square's mean place, (b, 1, squares, d/2, 2, 2), of the size that the table's have."""
+    grid = table.unflatten(2, (math.prod(sides[:-2]), *sides[-2:]))
+    for axis in (3, 4):
+        length = grid.shape[axis]
+        spans = [(start, min(start + side, length) - 1) for start in range(0, length, side)]
+        low, high = (torch.tensor([(first + last + more) // 2 for first, last in spans], device=table.device) for more in (0, 1))
+        one, other = grid.index_select(axis, low), grid.index_select(axis, high)
+        both = one + other
+        grid = both * (_squared(one) / _squared(both)).sqrt()
+    return grid.flatten(2, 4)
+
+
+def _squared(table: torch.Tensor) -> torch.Tensor:
+    """The determinant of each 2×2 matrix, its size squared, (…, 1, 1)."""
+    return (table[..., 0, 0] * table[..., 1, 1] - table[..., 0, 1] * table[..., 1, 0])[..., None, None]
+
+
+def _turned(x: torch.Tensor, table: torch.Tensor) -> torch.Tensor:
+    """Neighbouring channels of x (b, h, n, d) as pairs, each multiplied by its matrix."""
+    pairs = x.unflatten(-1, (-1, 1, 2))
+    return (table[..., 0] * pairs[..., 0] + table[..., 1] * pairs[..., 1]).flatten(-2)
 
 
 def square_counts(sides: tuple[int, ...], side: int, device: torch.device) -> torch.Tensor:
@@ -57,14 +99,19 @@ def pooled_mask(mask: torch.Tensor, text: int, sides: tuple[int, ...], side: int
     return torch.cat((before, kept, behind), dim=-1)
 
 
-def pooled_attention(call: AttentionCall, side: int, weighted: bool, by_channel: bool | None = None) -> torch.Tensor:
-    """Attention of all queries over text, pooled image and extra keys, (b, h, n, d).
+def pooled_attention(call: AttentionCall, side: int, weighted: bool, by_channel: bool | None = None, pool: str = "mean") -> torch.Tensor:
+    """Attention of all queries over text, pooled image and extra keys, (b, h, n, d). pool: one of POOLS.
 
     by_channel: see `weighted_keys`.
     """
     lengths = [call.text, math.prod(call.sides), call.extra]
     keys, values = ([*x.split(lengths, dim=2)] for x in (call.k, call.v))
-    keys[1], values[1] = (pooled(parts[1], call.sides, side) for parts in (keys, values))
+    values[1] = pooled(values[1], call.sides, side)
+    if pool == "rope_free":
+        table = call.rotations.split(lengths, dim=2)[1]
+        keys[1] = pooled_before_rotation(keys[1], table, call.sides, side)
+    else:
+        keys[1] = pooled(keys[1], call.sides, side)
     k, v = torch.cat(keys, dim=2), torch.cat(values, dim=2)
     mask = None if call.mask is None else pooled_mask(call.mask, call.text, call.sides, side)
     counts = square_counts(call.sides, side, k.device)
@@ -132,7 +179,8 @@ class DropLog:
 @dataclass(frozen=True)
 class ContextDrop:
     """Settings. side: of a square in tokens, 0: √(tokens/base_tokens), rounded; layers: one of LAYER_RULES; start, end: shares of the run's
-    steps; min_tokens: text among them, below which attention stays dense; 0 measures the break-even count of this machine."""
+    steps; min_tokens: text among them, below which attention stays dense; 0 measures the break-even count of this machine; pool: one of
+    POOLS."""
 
     log: DropLog
     where: str
@@ -143,18 +191,24 @@ class ContextDrop:
     end: float = 1.0
     min_tokens: int = 2048
     base_tokens: int = 4096
+    pool: str = "mean"
 
     def check(self) -> None:
         """Raises: NodeInputError for a value outside its range."""
         if self.side != 0 and not SIDES[0] <= self.side <= SIDES[1]:
             raise input_error(self.where, "factor", self.side, "0 (from the size) or 1 to 8 tokens", "Enter 2.")
-        if self.layers not in LAYER_RULES:
-            raise input_error(self.where, "layers", self.layers, ", ".join(LAYER_RULES), "Choose one of these.")
+        for name, value, allowed in (("layers", self.layers, LAYER_RULES), ("pool", self.pool, POOLS)):
+            if value not in allowed:
+                raise input_error(self.where, name, value, ", ".join(allowed), "Choose one of these.")
         if not 0.0 <= self.start < self.end <= 1.0:
             raise input_error(self.where, "start_percent", (self.start, self.end), "0 ≤ start_percent < end_percent ≤ 1", "Enter 0 and 1.")
         for name, count, low in (("min_tokens", self.min_tokens, 0), ("base_tokens", self.base_tokens, 1)):
             if not low <= count <= 1000000:
                 raise input_error(self.where, name, count, f"{low} to 1000000 tokens", "Enter 2048 and 4096.")
+
+    def without_rotations(self, got: str) -> Exception:
+        allowed = f"rope_free with {', '.join(ROTATED)} (Chroma is of the first)"
+        return input_error(self.where, "pool", got, allowed, "Choose mean.")
 
     def open(self, facts: RunFacts) -> DropHandler:
         return DropHandler(self, facts)
@@ -192,11 +246,13 @@ class DropHandler:
             self._say(f"dense: {reason}" if side == 1 else f"dense is faster here: {reason}")
             return None
         side = min(side, SIDES[1])
+        if self.plan.pool == "rope_free" and call.rotations is None:
+            raise self.plan.without_rotations(f"{call.layer[0]} {call.layer[1]} without its rotary table")
         self.dropped += 1
         keys = tokens - image + math.prod(call.sides[:-2]) * math.prod(-(-length // side) for length in call.sides[-2:])
         self.found.pairs += tokens * keys * len(call.q)
         self.found.dense += tokens * tokens * len(call.q)
-        return pooled_attention(call, side, self.plan.weighted)
+        return pooled_attention(call, side, self.plan.weighted, pool=self.plan.pool)
 
     def close(self) -> None:
         if not self.dropped and not self.left:
@@ -225,7 +281,11 @@ class DropHandler:
 def attach_context_drop(model: Any, plan: ContextDrop) -> Any:
     """A clone of MODEL `model` that drops image keys.
 
-    Raises: NodeInputError for settings out of range, or a family whose attention is not known.
+    Raises: NodeInputError for settings out of range, a family whose attention is not known, or rope_free on one that keeps its rotations.
     """
     plan.check()
+    if plan.pool == "rope_free":
+        family = attention_spec(model.get_model_object("diffusion_model"), plan.where).family
+        if family not in ROTATED:
+            raise plan.without_rotations(f"rope_free on {family}")
     return attach(model, plan, plan.where)

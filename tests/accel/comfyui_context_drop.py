@@ -23,7 +23,14 @@ def answers(name: str, node: type) -> dict:
     plain = bench.draw(FALLING)
     model, report = node().execute(model=bench.model, factor=2, **GIVEN)
     found = bench.draw(FALLING, model)
+    try:
+        free, log = node().execute(model=bench.model, factor=2, pool="rope_free", **GIVEN)
+        drawn = bench.draw(FALLING, free)
+        before = {"finite": bool(drawn.isfinite().all()), "calls": log.calls, "moved": float((drawn - found).abs().max())}
+    except ValueError as refusal:
+        before = {"refused": str(refusal)}
     return {
+        "free": before,
         "same_off": torch.equal(bench.draw(FALLING, off), plain), "finite": bool(found.isfinite().all()), "calls": report.calls,
         "share": report.share, "moved": float((found - plain).abs().max()), "steps": len(FALLING) - 1,
     }  # fmt: skip

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
 
 import pytest
@@ -16,11 +17,13 @@ from rectiflow.accel.attention.context_drop import (
     dropped_layers,
     pooled,
     pooled_attention,
+    pooled_before_rotation,
     pooled_mask,
     square_counts,
 )
 from rectiflow.accel.attention.dispatch import RUN, AttentionCall
 from rectiflow.errors import NodeInputError
+from rectiflow.host.embedded.ldm.common import EmbedND, apply_rope
 from rectiflow.tests.accel.region_toys import FAMILIES, noise, sample, toy
 
 WHERE = "Context Drop"
@@ -200,7 +203,7 @@ def test_interrupt_then_another_size():
 
 @pytest.mark.parametrize("options, name", [
     ({"side": 9}, "factor"), ({"side": -1}, "factor"), ({"layers": "odd"}, "layers"), ({"start": 0.6, "end": 0.5}, "start_percent"),
-    ({"min_tokens": -1}, "min_tokens"), ({"base_tokens": 0}, "base_tokens"),
+    ({"min_tokens": -1}, "min_tokens"), ({"base_tokens": 0}, "base_tokens"), ({"pool": "max"}, "pool"),
 ])  # fmt: skip
 def test_settings_that_do_not_fit_are_refused(options, name):
     with pytest.raises(NodeInputError, match=name):
@@ -225,3 +228,46 @@ def test_the_node_fills_its_report(tiny):
     latent = tiny.sample("noto cat", tiny.noise([1]), model=model, steps=1)
     text = RectiflowAttentionReport().execute(report=report, after={"samples": latent})[0]
     assert "with pooled keys" in text and "sigma 1.000: layers 0-8" in text
+
+
+@pytest.mark.parametrize("size", [1.0, 1.25])
+@pytest.mark.parametrize("sides, side", [((6, 8), 2), ((7, 10), 3), ((2, 5, 7), 4), ((9, 9), 8)])
+def test_keys_pooled_before_rotation_stand_at_the_mean_place(sides, side, size):
+    """Of keys known unrotated: their means, turned by the embedder itself at the means of their ids. Bound: fp32 angles up to 10."""
+    embedder = EmbedND(dim=32, theta=10000, axes_dim=[4, 14, 14])
+    frames, rows, columns = math.prod(sides[:-2]), *sides[-2:]
+    axes = torch.meshgrid(torch.arange(frames), torch.arange(rows), torch.arange(columns), indexing="ij")
+    ids = torch.stack([axis.flatten().float() for axis in axes], dim=-1)[None]  # (1, n, 3)
+    keys = random(2, 3, math.prod(sides), 32)
+    table = size * embedder(ids)
+    found = pooled_before_rotation(apply_rope(keys, table), table, sides, side)
+    expected = apply_rope(pooled(keys, sides, side), size * embedder(pooled(ids[None], sides, side)[0]))
+    torch.testing.assert_close(found, expected, rtol=0, atol=1e-5)
+    half = pooled_before_rotation(apply_rope(keys, table).bfloat16(), table, sides, side)
+    assert half.dtype == torch.bfloat16
+    torch.testing.assert_close(half.float(), expected, rtol=0, atol=0.03)  # keys of up to 5 in bf16
+
+
+def test_without_rotation_both_ways_of_pooling_are_one():
+    """A table of no turns, and one of the model's own: only the second parts the two."""
+    call = call_of((6, 8), 5, 4, width=32)
+    still = torch.eye(2).expand(1, 1, 57, 16, 2, 2)
+    for weighted in (True, False):
+        found = pooled_attention(dataclasses.replace(call, rotations=still), 2, weighted, pool="rope_free")
+        torch.testing.assert_close(found, pooled_attention(call, 2, weighted), rtol=0, atol=1e-6)
+    ids = torch.arange(57.0)[None, :, None].expand(1, 57, 3)
+    turned = dataclasses.replace(call, rotations=EmbedND(dim=32, theta=10000, axes_dim=[4, 14, 14])(ids))
+    assert float((pooled_attention(turned, 2, True, pool="rope_free") - pooled_attention(call, 2, True)).abs().max()) > 1e-3
+
+
+def test_a_run_of_flux_pools_before_rotation_and_others_are_refused():
+    model, z = toy("flux"), noise(2, SIZE)
+    (free, log), (mean, _) = drop(model, pool="rope_free"), drop(model)
+    found = sample(free, z, steps=2, tokens=(5, 8))
+    assert log.calls[0] > 0 and log.calls[1] == 0 and found.isfinite().all()
+    assert float((found - sample(mean, z, steps=2, tokens=(5, 8))).abs().max()) > 1e-4
+    one = sample(free, z[:1], steps=2, tokens=(5, 8))
+    torch.testing.assert_close(found[:1], one, atol=1e-4, rtol=1e-4)  # fp32 sums in another order over 2 steps
+    for family, name in (("sd3", "SD3"), ("lumina2", "NextDiT")):
+        with pytest.raises(NodeInputError, match=f"'pool'.*{name}"):
+            drop(toy(family), pool="rope_free")

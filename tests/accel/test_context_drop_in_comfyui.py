@@ -23,6 +23,15 @@ def test_a_family_draws_with_pooled_keys(answers, family):
     assert found["calls"] == [found["steps"] * DROPPING[family], 0]
 
 
+@pytest.mark.parametrize("family", DROPPING)
+def test_keys_are_pooled_before_rotation_where_blocks_are_given_their_table(answers, family):
+    found = answers[family]["free"]
+    if family in ("SD3", "Lumina 2"):
+        assert "'pool'" in found["refused"]
+    else:
+        assert found["finite"] and found["moved"] > 1e-6 and found["calls"] == answers[family]["calls"]
+
+
 def test_image_keys_alone_fall_to_the_number_of_squares(answers):
     """Wan attends over 3 frames of 3 × 4 tokens without text: 2 · 2 squares a frame."""
     assert answers["Wan"]["share"] == pytest.approx(4 / 12)
