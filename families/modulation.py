@@ -1,4 +1,6 @@
-"""The modulated input of a family's first block: image tokens, normalised, shifted and scaled by the time embedding.
+"""Modulation by time: the input of a family's first block after it, and the layers that make it in every block.
+
+The modulated input of a family's first block: image tokens, normalised, shifted and scaled by the time embedding.
 
 It is what a block's attention reads, so it changes with the latent and with sigma; "Timestep Embedding Tells", arXiv 2411.19108, decides
 by it before any block has run. Read through the block's own modules, from the arguments that a block patch is given.
@@ -6,14 +8,16 @@ by it before any block has run. Read through the block's own modules, from the a
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import re
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
 
+from ..errors import input_error
 from .blocks import block_layout
 
-__all__ = ["modulated_input"]
+__all__ = ["modulated_input", "modulation_groups"]
 
 Pair = tuple[torch.Tensor, torch.Tensor]  # shift, scale, each broadcastable to (b, n, d)
 
@@ -73,3 +77,28 @@ def _ltx(block: Any, time: torch.Tensor) -> Pair:
     """time (b, 1 or n, 6·d)."""
     table = block.scale_shift_table.to(time)
     return (table + time.unflatten(-1, table.shape)).unbind(2)[:2]
+
+
+_LAYER = re.compile(r"(?:^|\.)(?:(?:img_mod|txt_mod|modulation)\.lin|(?:img_mod|txt_mod|adaLN_modulation)\.1)$")
+_NUMBER = re.compile(r"(?<=\.)\d+(?=\.)")
+
+
+def modulation_groups(modules: Mapping[str, Any], where: str) -> list[tuple[str, ...]]:
+    """The linear layers of blocks that make modulation from the time embedding, in groups of two and more of equal part and shape.
+
+    Facts of ComfyUI 0.3.64: Flux and HunyuanVideo call them `img_mod.lin`, `txt_mod.lin` and `modulation.lin`, Qwen-Image `img_mod.1` and
+    `txt_mod.1`, SD3 and Lumina 2 `adaLN_modulation.1`. Wan and LTX-Video have one layer for all blocks already, Chroma none in its blocks.
+
+    Args:
+        modules: of the network, by name.
+    Raises: NodeInputError for a network without such groups, by the name of its class.
+    """
+    found: dict[tuple, list[str]] = {}
+    for name, layer in modules.items():
+        if _LAYER.search(name) and _NUMBER.search(name) and hasattr(layer, "out_features"):
+            found.setdefault((_NUMBER.sub("*", name, count=1), layer.out_features, layer.in_features), []).append(name)
+    groups = [tuple(names) for names in found.values() if len(names) > 1]
+    if not groups:
+        allowed = "a model whose blocks make their own modulation: Flux, SD3, Qwen-Image, HunyuanVideo, Lumina 2"
+        raise input_error(where, "model", type(modules[""]).__name__, allowed, "Use one of these; others share one layer, or have none.")
+    return groups

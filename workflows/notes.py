@@ -15,6 +15,11 @@ NOTES = {
         "needs. To load a file of your own, unlink **path** and write its name. **Compression Info** reads it without building the "
         "model."
     ),
+    "factored_modulation": (
+        "The layers that turn the time into shifts, scales and gates, in low-rank factors; captions say what is left of their bytes. "
+        "Change **rank**: 4 shows what goes first, 256 is the whole again. **shared** spends bytes on a mean of all blocks, which at equal "
+        "size helps this model less than the rank does."
+    ),
     "prune_width": (
         "A fifth of the width goes: once the heads and neurons that learned masks close, once the smallest ones. Nothing is trained "
         "after it. Change **remove**; raise **iterations** to 60 and combine more prompts to learn better, under another **name**."
@@ -104,6 +109,11 @@ NOTES = {
         "Three editors from their nodes: RF-Inversion goes up and down, Uni-Edit meets both prompts on the way, KV-Edit draws only "
         "what its mask covers. Change **What it shall show**; a later **end_percent**, a lower **alpha** or a smaller mask keep "
         "more of the picture."
+    ),
+    "exchange_coarse_and_fine": (
+        "Two drawings are split into Haar bands; the coarse band of the apple and the detail of the cat become one latent, which is "
+        "repainted from half-way noise. Change the prompts, exchange the links of **Latent Wavelet Merge**, or change **denoise**: low "
+        "keeps the seams between squares, high forgets the apple."
     ),
     "between_two_pictures": (
         "Two pictures become noise; points on the arc between their noises become pictures again, under a mix of both prompts. "

@@ -64,6 +64,8 @@ def built_model(loaded: Loaded, make: Make, where: str, compact: bool = False) -
         for name in manifest.width:
             if name not in loaded.layers:
                 _place(network, name, _narrow(network, name, loaded, cuts.get(name)), loaded)
+        for name, layer in loaded.low_rank.items():
+            _place(network, name, layer, loaded)
         for name, layer in loaded.layers.items():
             own = network.get_submodule(name)
             _place(network, name, layer, loaded)
@@ -71,11 +73,12 @@ def built_model(loaded: Loaded, make: Make, where: str, compact: bool = False) -
                 layer.cut_to(cuts[name], (own.out_features, own.in_features))
     except (AttributeError, LookupError) as error:
         raise refuse(f"that does not fit {type(network).__name__}: {error}") from error
-    missing = [key for key in network.state_dict() if key not in loaded.plain and key.rpartition(".")[0] not in loaded.layers]
+    special = {**loaded.layers, **loaded.low_rank}
+    missing = [key for key in network.state_dict() if key not in loaded.plain and key.rpartition(".")[0] not in special]
     if missing:
         raise refuse(f"without {len(missing)} weights of {type(network).__name__}: {missing[0]}")
     model.size = 0
-    model.size = model.model_size() + sum(layer.held_bytes for layer in loaded.layers.values())
+    model.size = model.model_size() + sum(layer.held_bytes for layer in special.values())
     return _compacted(model, loaded, where) if compact and manifest.kept else _with_manifest(model, manifest, loaded.plan)
 
 
@@ -95,7 +98,7 @@ def _compacted(model: Any, loaded: Loaded, where: str) -> Any:
     for holder in loaded.manifest.kept:
         setattr(network, holder, nn.ModuleList(block for block in getattr(network, holder) if not isinstance(block, SkipBlock)))
     stored = loaded.manifest.numbering.stored
-    moved = {part: {stored(n): v for n, v in getattr(loaded.manifest, part).items()} for part in ("quant", "width", "fields")}
+    moved = {part: {stored(n): v for n, v in getattr(loaded.manifest, part).items()} for part in ("quant", "width", "fields", "low_rank")}
     return _with_manifest(model, replace(loaded.manifest, counts={}, kept={}, plan="", **moved), None)
 
 
@@ -105,6 +108,7 @@ def _state(loaded: Loaded) -> dict[str, torch.Tensor]:
     state = dict(loaded.plain)
     full = {name: (form.rows, form.columns) for name, form in manifest.quant.items()}
     full |= {name: (sizes["rows"], sizes["columns"]) for name, sizes in manifest.width.items()}
+    full |= {name: (sizes["rows"], sizes["columns"]) for name, sizes in manifest.low_rank.items()}
     for name, shape in full.items():
         state[f"{name}.weight"] = torch.zeros(1, 1, dtype=dtype).expand(shape)
         if f"{name}.bias" in state:

@@ -19,6 +19,11 @@ def describe(loaded: Loaded) -> str:
         lines.append(f"pruned by {loaded.plan.method}")
     if manifest.width:
         lines.append(f"{len(manifest.width)} layers are narrower than the whole model's")
+    if loaded.low_rank:
+        ranks = sorted({layer.rank for layer in loaded.low_rank.values()})
+        held = sum(layer.nbytes for layer in loaded.low_rank.values())
+        made = f"of rank {', '.join(map(str, ranks))} on {len(manifest.first_of_group)} shared matrices"
+        lines.append(f"{len(loaded.low_rank)} factored layers {made}: {held} bytes")
     lines.append(f"other weights: {sum(tensor.nbytes for tensor in loaded.plain.values())} bytes")
     if not loaded.layers:
         return "\n".join([*lines, "no quantised layers"])

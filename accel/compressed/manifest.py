@@ -6,10 +6,12 @@ It stands twice in a file: as the tensor `compress.manifest` (uint8), since the 
     {"format": "rectiflow.compressed", "version": 1, "arch": "Flux", "base": {"kind": "detect"}, "base_sha256_16": "<16 hex>",
      "dtype": "float16", "counts": {"double_blocks": 3}, "kept": {"double_blocks": [0, 2]}, "width": {"double_blocks.0.img_mlp.0":
      {"rows": 1024, "columns": 256}}, "fields": {"double_blocks.0": {"num_heads": 3}}, "plan": "<JSON of a prune plan>",
+     "low_rank": {"double_blocks.0.img_mod.lin": {"rows": 1536, "columns": 256, "rank": 64, "group": 1}},
      "quant": {"double_blocks.0.img_mlp.0": {"layout": "groups", "bits": 4, …}}}
 
 kept: blocks of a holder that are in the file, where some are not; tensors of these are renumbered without gaps. width: full size of a
-linear layer that is stored narrower. fields: whole numbers that a narrowed block counts with.
+linear layer that is stored narrower. fields: whole numbers that a narrowed block counts with. low_rank, left out where there is none:
+layers that are two factors and a matrix shared by their group, stored with its first layer; group 0 has none.
 """
 
 from __future__ import annotations
@@ -132,6 +134,12 @@ class Manifest:
     width: dict[str, dict[str, int]] = field(default_factory=dict)
     fields: dict[str, dict[str, int]] = field(default_factory=dict)
     plan: str = ""
+    low_rank: dict[str, dict[str, int]] = field(default_factory=dict)
+
+    @property
+    def first_of_group(self) -> dict[int, str]:
+        """Number of a group → its first layer, which holds the shared matrix."""
+        return {sizes["group"]: name for name, sizes in reversed(self.low_rank.items()) if sizes["group"]}
 
     @property
     def numbering(self) -> Renumbering:
@@ -139,7 +147,8 @@ class Manifest:
 
     def text(self) -> str:
         """JSON with sorted keys: equal manifests are equal texts."""
-        return json.dumps({"format": FORMAT, "version": VERSION, **asdict(self)}, sort_keys=True, separators=(",", ":"))
+        said = {name: value for name, value in asdict(self).items() if value or name != "low_rank"}
+        return json.dumps({"format": FORMAT, "version": VERSION, **said}, sort_keys=True, separators=(",", ":"))
 
     def tensor(self) -> torch.Tensor:
         return torch.frombuffer(bytearray(self.text().encode()), dtype=torch.uint8)
@@ -164,7 +173,8 @@ class Manifest:
 
     @classmethod
     def _checked(cls, found: dict[str, Any]) -> Manifest:
-        kinds = {name: dict for name in ("base", "quant", "counts", "kept", "width", "fields")}
+        found = {"low_rank": {}, **found}
+        kinds = {name: dict for name in ("base", "quant", "counts", "kept", "width", "fields", "low_rank")}
         kinds |= {name: str for name in ("arch", "base_sha256_16", "dtype", "plan")}
         if set(found) != set(kinds):
             raise ManifestError(f"fields {', '.join(sorted(set(found) ^ set(kinds)))[:200]} are missing or unknown")
@@ -182,6 +192,7 @@ class Manifest:
             "kept": _kept(found["counts"], found["kept"]),
             "width": {name: _numbers(name, sizes, ("rows", "columns")) for name, sizes in found["width"].items()},
             "fields": {name: _numbers(name, counts) for name, counts in found["fields"].items()},
+            "low_rank": {name: _factors(name, sizes) for name, sizes in found["low_rank"].items()},
         }
         return cls(**{**found, **checked})
 
@@ -213,6 +224,12 @@ def _numbers(name: str, found: Any, exactly: tuple[str, ...] | None = None) -> d
     if not isinstance(found, dict) or (exactly is not None and set(found) != set(exactly)):
         raise ManifestError(f"{name[:100]} must have {', '.join(exactly or ('names and numbers',))}")
     return {what: _whole(value, 1, LARGEST, f"{what[:50]} of {name[:100]}") for what, value in found.items()}
+
+
+def _factors(name: str, found: Any) -> dict[str, int]:
+    group = found.get("group") if isinstance(found, dict) else None
+    sizes = _numbers(name, {**found, "group": 1} if group == 0 and type(group) is int else found, ("rows", "columns", "rank", "group"))
+    return {**sizes, "group": group}
 
 
 def core_marker(rotation: str) -> torch.Tensor:

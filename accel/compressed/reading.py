@@ -6,18 +6,19 @@ Files of ours, and those whose layers are the core's int8_tensorwise. Names in w
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
 
 from ...errors import input_error
 from ..modules import NETWORK
+from ..prune.low_rank import LowRankLinear, SharedMatrix
 from ..prune.plan import PrunePlan, plan_from_json
 from ..quant.linear import QuantLinear
 from ..quant.rotation import BLOCK, CONVROT, Rotation, constant_rotation
 from ..quant.stored import StoredWeight, expected_tensors
-from .manifest import NARROWEST, TENSOR, LayerFormat, Manifest, ManifestError, dtype_name, read_core_marker, widest_dtype
+from .manifest import DTYPES, NARROWEST, TENSOR, LayerFormat, Manifest, ManifestError, dtype_name, read_core_marker, widest_dtype
 from .tensor_file import read_tensors
 from .writing import FILE_PREFIX
 
@@ -29,13 +30,15 @@ UNKNOWN = "0" * 16  # a core's file does not say what it was made from
 
 @dataclass(frozen=True)
 class Loaded:
-    """What a file holds: quantised layers by name, and the other weights of the network by name; size of the file in bytes."""
+    """What a file holds: quantised layers and factored ones by name, and the other weights of the network by name; size of the file in
+    bytes."""
 
     manifest: Manifest
     layers: dict[str, QuantLinear]
     plain: dict[str, torch.Tensor]
     plan: PrunePlan | None
     size: int
+    low_rank: dict[str, LowRankLinear] = field(default_factory=dict)
 
 
 class _Parts:
@@ -89,6 +92,24 @@ class _Parts:
         rotation = self.rotation(name, form.rotation, form.columns)
         return QuantLinear(stored, bias, form.act_bits, rotation, smooth, form.lora, self.beside(name, form))
 
+    def low_rank(self, manifest: Manifest) -> dict[str, LowRankLinear]:
+        """The factored layers, one object for the matrix of each group."""
+        dtype, matrices, found = DTYPES[manifest.dtype], {}, {}
+        for group, name in manifest.first_of_group.items():
+            sizes = manifest.low_rank[name]
+            matrices[group] = SharedMatrix(self.take(name, "shared", dtype, (sizes["rows"], sizes["columns"])))
+        for name, sizes in manifest.low_rank.items():
+            shared, rank = matrices.get(sizes["group"]), sizes["rank"]
+            if shared is not None and tuple(shared.tensor.shape) != (sizes["rows"], sizes["columns"]):
+                raise ManifestError(f"layer {name[:100]}: of another size than its group")
+            up = self.take(name, "weight", dtype, (sizes["rows"], rank))
+            down = self.take(name, "down", dtype, (rank, sizes["columns"]))
+            bias = self.left.get(f"{name}.bias")
+            if bias is not None and (bias.shape != (sizes["rows"],) or not bias.is_floating_point()):
+                raise ManifestError(f"layer {name[:100]}: bias is {tuple(bias.shape)} {bias.dtype}")
+            found[name] = LowRankLinear(shared, up, down, bias, manifest.first_of_group.get(sizes["group"]) == name)
+        return found
+
     def beside(self, name: str, form: LayerFormat) -> tuple[torch.Tensor, torch.Tensor] | None:
         if not form.beside:
             return None
@@ -112,9 +133,10 @@ def read_model(path: Path, where: str) -> Loaded:
         parts = _Parts(_whole_names(tensors, manifest))
         with torch.inference_mode(False):
             layers = {name: parts.layer(name, form) for name, form in manifest.quant.items()}
+            low_rank = parts.low_rank(manifest)
         _check_widths(manifest, parts.left)
         plan = plan_from_json(manifest.plan, where) if manifest.plan else None
-        return Loaded(manifest, layers, parts.left, plan, path.stat().st_size)
+        return Loaded(manifest, layers, parts.left, plan, path.stat().st_size, low_rank)
     except (OSError, ValueError) as error:
         allowed, remedy = "a whole file of Save Compressed, or an int8 file of the core", "Save the model again, or fetch the file again."
         raise input_error(where, "path", f"{path.name}: {error}"[:190], allowed, remedy) from error

@@ -26,6 +26,7 @@ from ..modules import NETWORK, own_weight, seen_modules
 from ..prune.apply import SkipBlock, plan_of
 from ..prune.compact import NarrowWeights
 from ..prune.identity import model_hash, original_module
+from ..prune.low_rank import LowRankLinear
 from ..prune.students import StudentBlock
 from ..quant.linear import QuantLinear, factors, product
 from .manifest import DTYPES, METADATA, TENSOR, LayerFormat, Manifest, core_marker, dtype_name, widest_dtype
@@ -55,7 +56,9 @@ def compressed_tensors(
     chosen = DTYPES.get(dtype, widest_dtype(plain.values()))
     written = _student_names(model, modules, where)
     formats = {written(name): form_of for name, (form_of, _) in layers.items()}
-    manifest = _manifest(model, modules, formats, base, dtype_name(chosen))
+    shared = _low_rank_tensors(model, modules, changed)
+    groups = {written(name): sizes for name, (sizes, _) in shared.items()} if form == "rectiflow" else {}
+    manifest = _manifest(model, modules, formats, base, dtype_name(chosen), groups)
     _check_form(model, form, manifest, where)
     tensors = {name: weight.to(chosen) if weight.is_floating_point() else weight for name, weight in plain.items()}
     for name, (_, parts) in layers.items():
@@ -66,6 +69,11 @@ def compressed_tensors(
             key = f"{NETWORK}{name}.bias"
             parts = {**parts, "bias": changed(key, own_weight(model, name, modules[name], "bias").float()).to(chosen)}
         tensors |= {f"{name}.{part}": tensor for part, tensor in parts.items()}
+    for name, (_, parts) in shared.items():
+        parts = parts if form == "rectiflow" else {"weight": changed(f"{NETWORK}{name}.weight", modules[name].numbers())}
+        if modules[name].bias is not None:
+            parts = {**parts, "bias": changed(f"{NETWORK}{name}.bias", own_weight(model, name, modules[name], "bias").float())}
+        tensors |= {f"{name}.{part}": tensor.to(chosen) for part, tensor in parts.items()}
     placed = {FILE_PREFIX + manifest.numbering.stored(written(name)): tensor for name, tensor in tensors.items()}
     if form != "rectiflow":
         return placed, {}, manifest
@@ -113,7 +121,9 @@ def _check_form(model: Any, form: str, manifest: Manifest, where: str) -> None:
 # The manifest
 
 
-def _manifest(model: Any, modules: Mapping[str, nn.Module], quant: dict[str, LayerFormat], base: str, dtype: str) -> Manifest:
+def _manifest(
+    model: Any, modules: Mapping[str, nn.Module], quant: dict[str, LayerFormat], base: str, dtype: str, low_rank: dict[str, dict[str, int]]
+) -> Manifest:
     known: Manifest | None = model.get_attachment(ATTACHMENT)
     plan = plan_of(model)
     skipped = [name for name, module in modules.items() if isinstance(module, SkipBlock)]
@@ -129,7 +139,7 @@ def _manifest(model: Any, modules: Mapping[str, nn.Module], quant: dict[str, Lay
     origin = model_hash(model) if known is None else known.base_sha256_16
     built = {"kind": base} if known is None else known.base
     text = "" if plan is None else plan.to_json()
-    return Manifest(arch, built, origin, dtype, quant, counts, kept, width, fields, text)
+    return Manifest(arch, built, origin, dtype, quant, counts, kept, width, fields, text, low_rank)
 
 
 def _narrowed(model: Any, modules: Mapping[str, nn.Module]) -> tuple[dict[str, dict[str, int]], dict[str, dict[str, int]]]:
@@ -202,6 +212,32 @@ def _numbers(layer: QuantLinear, parts: Mapping[str, torch.Tensor]) -> torch.Ten
     return numbers + product(parts.get("lora_down", ()), parts["lora_up"]) if "lora_up" in parts else numbers
 
 
+# Factored layers
+
+
+def _low_rank_tensors(
+    model: Any, modules: Mapping[str, nn.Module], changed: Changed
+) -> dict[str, tuple[dict[str, int], dict[str, torch.Tensor]]]:
+    """Factored layer → (its sizes, its tensors, float32, with what this clone's patches add as more columns and rows of the factors)."""
+    found: dict[str, tuple[dict[str, int], dict[str, torch.Tensor]]] = {}
+    groups: dict[int, int] = {}
+    for name, layer in modules.items():
+        if not isinstance(layer, LowRankLinear):
+            continue
+        key, up, down = f"{NETWORK}{name}.weight", own_weight(model, name, layer).float(), layer.down.float()
+        if key in model.patches or key in model.weight_wrapper_patches:
+            base = layer.numbers(up)
+            a, b = factors(changed(key, base) - base, float(base.norm()))
+            up, down = torch.cat((up, b), dim=1), torch.cat((down, a if len(a) else torch.eye(layer.in_features)))
+        parts = {"weight": up, "down": down}
+        if layer.shared is not None and id(layer.shared) not in groups:
+            groups[id(layer.shared)] = len(groups) + 1
+            parts["shared"] = layer.shared.tensor
+        sizes = {"rows": layer.out_features, "columns": layer.in_features, "rank": len(down), "group": groups.get(id(layer.shared), 0)}
+        found[name] = (sizes, parts)
+    return found
+
+
 # Everything else
 
 
@@ -218,7 +254,7 @@ def changed_weight(model: Any, module: nn.Module, part: str, key: str, weight: t
 def _plain_tensors(model: Any, modules: Mapping[str, nn.Module], changed: Changed) -> Iterator[tuple[str, torch.Tensor]]:
     """Every weight outside of quantised layers, patches applied."""
     for name, module in modules.items():
-        if isinstance(module, QuantLinear):
+        if isinstance(module, (QuantLinear, LowRankLinear)):
             continue
         for part in [part for part, value in module._parameters.items() if value is not None]:
             full = f"{name}.{part}" if name else part

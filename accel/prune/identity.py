@@ -35,28 +35,30 @@ def original_part(model: Any, path: str) -> Any:
 def original_weight(model: Any, path: str, name: str = "weight") -> Tensor | None:
     """The weight, or the bias, of the layer at `path` as it was loaded, without merged LoRAs."""
     value = getattr(original_part(model, path), name)
-    return None if value is None else _unpatched(model, f"{NETWORK}{path}.{name}", value)
+    parts = f"{NETWORK}{path}".split(".")
+    away = any(".".join(parts[:count]) in model.object_patches_backup for count in range(2, len(parts) + 1))
+    return None if value is None else _unpatched(model, f"{NETWORK}{path}.{name}", value, away)
 
 
-def _unpatched(model: Any, name: str, value: Tensor) -> Tensor:
-    """What the host has put aside for `value`; what it has of another shape belongs to a layer that stands there at the moment."""
-    kept = model.backup.get(name)
-    return kept.weight if kept is not None and kept.weight.shape == value.shape else value
+def _unpatched(model: Any, name: str, value: Tensor, away: bool) -> Tensor:
+    """What the host has put aside for `value`. away: another module stands in the place of its own, and what is put aside is that one's."""
+    kept = None if away else model.backup.get(name)
+    return value if kept is None else kept.weight
 
 
 def original_parameters(model: Any) -> Iterator[tuple[str, Tensor]]:
     """(name below the network, weight) of MODEL `model`, without object patches and without merged LoRAs."""
     swapped = {name: value for name, value in model.object_patches_backup.items() if isinstance(value, nn.Module)}
 
-    def walk(module: nn.Module, name: str) -> Iterator[tuple[str, Tensor]]:
-        module = swapped.get(name, module)
+    def walk(module: nn.Module, name: str, away: bool) -> Iterator[tuple[str, Tensor]]:
+        module, away = swapped.get(name, module), away or name in swapped
         for own, value in module.named_parameters(recurse=False):
             full = f"{name}.{own}"
-            yield full[len(NETWORK) :], _unpatched(model, full, value)
+            yield full[len(NETWORK) :], _unpatched(model, full, value, away)
         for child, inner in module.named_children():
-            yield from walk(inner, f"{name}.{child}")
+            yield from walk(inner, f"{name}.{child}", away)
 
-    yield from walk(model.model.diffusion_model, NETWORK[:-1])
+    yield from walk(model.model.diffusion_model, NETWORK[:-1], False)
 
 
 def model_hash(model: Any) -> str:

@@ -61,6 +61,25 @@ def answers(pack: str, nodes: dict, name: str) -> dict:
     found["nothing_left"] = distance(draw(compact.compact_model(model, none, "test")), draw(width.mask_model(model, none, BEFORE, "test")))
     turns = [torch.equal(draw(of), first) for _ in range(7) for of, first in ((model, whole), (narrow, small), (masked, shown))]
     found["turns"] = sum(turns)
+    model.detach()
+    found["low_rank"] = factored(importlib.import_module(f"{pack}.accel.prune.low_rank"), model, draw, whole)
+    return found
+
+
+def factored(low_rank, model, draw, whole) -> dict:
+    """Modulation in factors of full rank, with a LoRA, after the host has moved the weights away, and at rank 2; or why not."""
+    try:
+        full, _ = low_rank.factor_modulation(model, 65536, "test")
+    except ValueError as refusal:
+        return {"refused": str(refusal)}
+    found = {"full": distance(draw(full), whole), "two": distance(draw(low_rank.factor_modulation(model, 2, "test")[0]), whole)}
+    expected, patched = draw(lora(model, model)), lora(model, full)
+    found |= {"lora": distance(draw(patched), expected), "lora_moved": distance(expected, whole)}
+    comfy.model_management.load_models_gpu([patched])
+    patched.partially_unload(torch.device("cpu"), 1 << 40)
+    found["unloaded"] = distance(draw(patched), expected)
+    patched.detach()
+    found["back"] = torch.equal(draw(model), whole)
     return found
 
 

@@ -33,3 +33,14 @@ def test_a_mask_stays_last_when_weights_are_moved_away(answers, family):
     found = answers[family]["unloaded"]
     assert found["behind"] > 0, "the host does put the LoRA behind"
     assert found["last"] and found["error"] < 1e-5
+
+
+@pytest.mark.parametrize("family", KINDS)
+def test_modulation_in_factors(answers, family):
+    """Full rank to rounding; a LoRA is kept to a thousandth of itself, exactly where the host adds it while the model runs."""
+    found = answers[family]["low_rank"]
+    if family in ("Wan", "LTX-Video", "SD3"):  # of SD3's two blocks here no two layers are alike; deeper ones have groups
+        assert "'model'" in found["refused"]
+        return
+    assert found["full"] < 1e-5 < 1e-3 < found["two"] and found["back"]
+    assert max(found["lora"], found["unloaded"]) < 1e-4 < 1e-2 < found["lora_moved"]
