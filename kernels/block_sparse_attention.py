@@ -7,95 +7,21 @@ divide needs no padding, and text is a block like any other that keeps all and i
 nothing is permuted before or after.
 
     reference   dense attention under the layout as a mask; for tests
-    torch       blocks of equal length and equal number of keys are gathered and run together by SDPA; memory is linear in kept blocks
+    torch       block_sparse_torch.py: kept keys are gathered for SDPA, as many at a time as a core's cache holds
     Triton      block_sparse_triton.py: one program a tile of queries and a head, an online softmax over the kept blocks
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
-from functools import cached_property
-
 import torch
 import torch.nn.functional as F
 
+from .attention_lse import four_axes
 from .backend import takes_triton
+from .block_layout import BlockLayout
+from .block_sparse_torch import torch_path
 
 __all__ = ["BlockLayout", "block_sparse_attention", "reference", "torch_path"]
-
-GATHERED = 1 << 23  # elements of keys that are gathered at a time: 32 MiB in fp32, of which a block's share stays in a core's cache
-
-
-@dataclass(frozen=True, eq=False)
-class BlockLayout:
-    """blocks: the tokens of each block, every token of the sequence in one of them; kept: for each block the blocks it sees, none twice."""
-
-    blocks: tuple[torch.Tensor, ...]
-    kept: tuple[tuple[int, ...], ...]
-
-    def __post_init__(self):
-        order = torch.cat(self.blocks).sort().values
-        if not torch.equal(order, torch.arange(len(order))):
-            raise ValueError("block_sparse_attention: blocks must hold every token once")
-        if len(self.kept) != len(self.blocks) or not all(len(set(row)) == len(row) > 0 for row in self.kept):
-            raise ValueError("block_sparse_attention: every block must keep at least one block, and none twice")
-
-    @cached_property
-    def tokens(self) -> int:
-        return sum(self.lengths)
-
-    @cached_property
-    def lengths(self) -> tuple[int, ...]:
-        return tuple(len(block) for block in self.blocks)
-
-    @cached_property
-    def keys(self) -> tuple[int, ...]:
-        """Keys that a query of each block sees."""
-        return tuple(sum(self.lengths[i] for i in row) for row in self.kept)
-
-    @property
-    def pairs(self) -> int:
-        """Pairs of query and key that are computed."""
-        return sum(length * keys for length, keys in zip(self.lengths, self.keys))
-
-    @property
-    def share(self) -> float:
-        """Of all pairs, those that are computed: 1 − sparsity."""
-        return self.pairs / self.tokens**2
-
-    @property
-    def dense(self) -> bool:
-        return all(len(row) == len(self.blocks) for row in self.kept)
-
-    def mask(self) -> torch.Tensor:
-        """(n, n), True where a query sees a key."""
-        owner = torch.empty(self.tokens, dtype=torch.long)
-        table = torch.zeros(len(self.blocks), len(self.blocks), dtype=torch.bool)
-        for i, (block, row) in enumerate(zip(self.blocks, self.kept)):
-            owner[block] = i
-            table[i, list(row)] = True
-        return table[owner][:, owner]
-
-    @cached_property
-    def classes(self) -> tuple[tuple[torch.Tensor, tuple[tuple[int, ...], ...]], ...]:
-        """Blocks of equal length and equal number of keys: (their tokens (g, l), what each keeps)."""
-        members: dict[tuple[int, int], list[int]] = {}
-        for i, shape in enumerate(zip(self.lengths, self.keys)):
-            members.setdefault(shape, []).append(i)
-        return tuple((torch.stack([self.blocks[i] for i in found]), tuple(self.kept[i] for i in found)) for found in members.values())
-
-    def key_index(self, rows: Sequence[tuple[int, ...]]) -> torch.Tensor:
-        """Tokens of the kept blocks of each row (g, m), rows of equal length."""
-        return torch.stack([torch.cat([self.blocks[i] for i in row]) for row in rows])
-
-
-def four_axes(bias: torch.Tensor | None) -> torch.Tensor | None:
-    """A mask as hosts give it, (q, k), (b, q, k) or (b, h, q, k), bool or added to scores, as (b, h, q, k)."""
-    if bias is None or bias.ndim == 4:
-        return bias
-    return bias[None, None] if bias.ndim == 2 else bias[:, None]
-
 
 def reference(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, layout: BlockLayout, bias: torch.Tensor | None = None) -> torch.Tensor:
     """Dense attention under the mask, (b, h, n, d); memory grows with n²."""
@@ -108,54 +34,6 @@ def reference(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, layout: BlockLa
     else:
         mask = torch.where(allowed, bias.to(q.dtype), -torch.inf)
     return F.scaled_dot_product_attention(q, k, v, attn_mask=mask)
-
-
-def _bias_of(bias: torch.Tensor | None, queries: torch.Tensor, keys: torch.Tensor, batch: int, heads: int) -> torch.Tensor | None:
-    """Part of a mask for queries (g, l) and keys (g, m): (b·h, g, l or 1, m)."""
-    if bias is None:
-        return None
-    if bias.shape[2] == 1:
-        part = bias[:, :, 0][:, :, keys].unsqueeze(3)  # (b, h, g, 1, m)
-    else:
-        part = bias[:, :, queries[:, :, None], keys[:, None, :]]  # (b, h, g, l, m)
-    return part.expand(batch, heads, *part.shape[2:]).flatten(0, 1)
-
-
-def _with_lse(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, bias: torch.Tensor | None) -> tuple[torch.Tensor, torch.Tensor]:
-    scores = q.float() @ k.float().transpose(-1, -2) * q.shape[-1] ** -0.5
-    if bias is not None:
-        scores = scores.masked_fill(~bias, -torch.inf) if bias.dtype == torch.bool else scores + bias.float()
-    lse = scores.logsumexp(dim=-1)
-    return (scores - lse[..., None]).exp().to(v.dtype) @ v, lse
-
-
-def torch_path(
-    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, layout: BlockLayout, bias: torch.Tensor | None = None, with_lse: bool = False
-):  # fmt: skip
-    """(b, h, n, d), and with `with_lse` the fp32 logarithm of each query's sum of exponentials (b, h, n) too."""
-    batch, heads, tokens, width = q.shape
-    bias = four_axes(bias)
-    q, k, v = (x.flatten(0, 1) for x in (q, k, v))  # (b·h, n, d)
-    out, lse = torch.empty_like(q), q.new_empty(q.shape[:2], dtype=torch.float32) if with_lse else None
-    for members, rows in layout.classes:
-        many_keys = sum(layout.lengths[i] for i in rows[0])
-        scores = members.shape[1] * many_keys if with_lse else 0
-        size = max(1, GATHERED // (q.shape[0] * max(many_keys * width, scores)))
-        for start in range(0, len(rows), size):
-            queries = members[start : start + size].to(q.device)
-            keys = layout.key_index(rows[start : start + size]).to(q.device)
-            parts = [x.index_select(1, index.flatten()).unflatten(1, index.shape) for x, index in ((q, queries), (k, keys), (v, keys))]
-            part_bias = _bias_of(bias, queries, keys, batch, heads)
-            if with_lse:
-                found, sums = _with_lse(*parts, part_bias)
-                lse.index_copy_(1, queries.flatten(), sums.flatten(1, 2))
-            else:
-                if part_bias is not None and part_bias.dtype != torch.bool:
-                    part_bias = part_bias.to(q.dtype)
-                found = F.scaled_dot_product_attention(*parts, attn_mask=part_bias)
-            out.index_copy_(1, queries.flatten(), found.flatten(1, 2))
-    out = out.unflatten(0, (batch, heads))
-    return (out, lse.unflatten(0, (batch, heads))) if with_lse else out
 
 
 def block_sparse_attention(

@@ -29,12 +29,13 @@ from typing import Any
 import torch
 
 from ...errors import input_error
+from ...kernels.attention_lse import attention_with_lse
 from ...kernels.block_sparse_attention import BlockLayout, block_sparse_attention
 from ..cache.clock import StepClock
 from .break_even import least_tokens
 from .dispatch import AttentionCall, RunFacts, attach
 from .grouped import GroupRule, group_layout
-from .statistics import Kept, Storage, full_lse
+from .statistics import Kept, Storage
 
 __all__ = ["FORMS", "PATTERNS", "Rettention", "RettentionLog", "attach_rettention", "layout_for"]
 
@@ -208,7 +209,8 @@ class RettentionHandler:
         plan = self.plan
         full = call.default(call.q, call.k, call.v)
         seen, lse = block_sparse_attention(call.q, call.k, call.v, layout, call.mask, with_lse=True)
-        log_ratio = (lse - full_lse(call.q, call.k, call.mask)).clamp_(max=0.0)  # (b, h, n)
+        _, full_lse = attention_with_lse(call.q, call.k, call.v, call.mask)
+        log_ratio = (lse - full_lse).clamp_(max=0.0)  # (b, h, n)
         self.measured += 1
         layer = "{} {}".format(call.layer[0].removesuffix("_block"), call.layer[1]) + ("+" if call.place else "")
         self.found.add(u, layer, float(log_ratio.exp().mean()), len(names))

@@ -7,13 +7,11 @@ from dataclasses import dataclass
 import torch
 
 from ...errors import input_error
-from ...kernels.block_sparse_attention import four_axes
 
-__all__ = ["DEVICES", "DTYPES", "Kept", "Storage", "full_lse"]
+__all__ = ["DEVICES", "DTYPES", "Kept", "Storage"]
 
 DTYPES = ("same", "bf16", "fp8_e4m3")
 DEVICES = ("model", "cpu")
-SCORES = 1 << 24  # scores at a time: 64 MiB
 FP8_MAX = 448.0
 SCALED = (torch.float16, torch.float8_e4m3fn)  # whose range a residual may leave
 
@@ -86,19 +84,3 @@ class Kept:
         """R in fp32, (b, h, n, d)."""
         found = self.stored.to(device).float()
         return found if self.scale is None else found * self.scale.to(device)
-
-
-def full_lse(q: torch.Tensor, k: torch.Tensor, mask: torch.Tensor | None) -> torch.Tensor:
-    """log Σ_j exp(q_i·k_j/√d + mask_ij) over all keys, (b, h, n) in fp32; some queries at a time, so memory is linear in n."""
-    batch, heads, tokens, width = q.shape
-    mask = four_axes(mask)
-    out = q.new_empty(q.shape[:3], dtype=torch.float32)
-    keys = k.float().transpose(-1, -2) * width**-0.5
-    size = max(1, SCORES // (batch * heads * k.shape[2]))
-    for start in range(0, tokens, size):
-        scores = q[:, :, start : start + size].float() @ keys
-        if mask is not None:
-            part = mask if mask.shape[2] == 1 else mask[:, :, start : start + size]
-            scores = scores.masked_fill_(~part, -torch.inf) if part.dtype == torch.bool else scores.add_(part.float())
-        out[:, :, start : start + size] = scores.logsumexp(dim=-1)
-    return out

@@ -18,7 +18,7 @@ from rectiflow.accel.attention.rettention import (
     attach_rettention,
     layout_for,
 )
-from rectiflow.accel.attention.statistics import Kept, Storage, full_lse
+from rectiflow.accel.attention.statistics import Kept, Storage
 from rectiflow.accel.cache.binding import attach as attach_cache
 from rectiflow.accel.cache.interval import IntervalReuse
 from rectiflow.accel.cache.policy import Limits
@@ -26,6 +26,7 @@ from rectiflow.accel.cache.report import CacheLog
 from rectiflow.accel.cache.visits import CachePlan
 from rectiflow.errors import NodeInputError
 from rectiflow.families.tokens import TokenSpec
+from rectiflow.kernels.attention_lse import attention_with_lse
 from rectiflow.kernels.block_sparse_attention import block_sparse_attention, reference
 from rectiflow.tests.accel.region_toys import FAMILIES, noise, sample, toy, with_ras
 
@@ -126,7 +127,7 @@ def test_all_kept_has_ratio_one_and_no_residual():
     layout = layout_for("grat_block", 1.0, (7, 10), 5, 3)
     assert layout.dense
     seen, lse = block_sparse_attention(call.q, call.k, call.v, layout, with_lse=True)
-    torch.testing.assert_close((lse - full_lse(call.q, call.k, None)).exp(), torch.ones(2, 3, 78), atol=1e-6, rtol=0)
+    torch.testing.assert_close((lse - attention_with_lse(call.q, call.k, call.v)[1]).exp(), torch.ones(2, 3, 78), atol=1e-6, rtol=0)
     torch.testing.assert_close(seen, plain(call.q, call.k, call.v), atol=1e-6, rtol=0)
     one = handler(keep=1.0)
     assert one.attend(call) is None and not one.kept

@@ -5,6 +5,8 @@ from __future__ import annotations
 import pytest
 import torch
 from rectiflow.accel.attention.grouped import PATTERNS, GroupRule, group_layout
+from rectiflow.kernels import block_layout
+from rectiflow.kernels.attention_lse import attention_with_lse, from_scores
 from rectiflow.kernels.block_sparse_attention import BlockLayout, block_sparse_attention, reference, torch_path
 
 EQUAL = 1e-5  # of the issue; fp32 sums in another order
@@ -20,6 +22,14 @@ def layout_of(sides, group, pattern="block", radius=1, before=5, behind=3) -> Bl
     return group_layout(sides, GroupRule(pattern, (2, *group), radius), before, behind)
 
 
+@pytest.fixture(params=["together", "in turns"])
+def path(request, monkeypatch):
+    """Both ways of the torch path, on blocks that would all go the first."""
+    if request.param == "in turns":
+        monkeypatch.setattr(block_layout, "LARGE", 1)
+
+
+@pytest.mark.usefixtures("path")
 @pytest.mark.parametrize("pattern", PATTERNS)
 @pytest.mark.parametrize("sides, group", GRIDS)
 def test_equals_dense_attention_under_the_mask(sides, group, pattern):
@@ -28,12 +38,51 @@ def test_equals_dense_attention_under_the_mask(sides, group, pattern):
     torch.testing.assert_close(block_sparse_attention(q, k, v, layout), reference(q, k, v, layout), atol=EQUAL, rtol=0)
 
 
-def test_equals_dense_attention_in_half_precision():
+@pytest.mark.usefixtures("path")
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_equals_dense_attention_in_half_precision(dtype):
     layout = layout_of((9, 7), (4, 3))
-    q, k, v = tensors(layout.tokens, dtype=torch.bfloat16)
+    q, k, v = tensors(layout.tokens, dtype=dtype)
     torch.testing.assert_close(block_sparse_attention(q, k, v, layout), reference(q, k, v, layout), atol=2e-2, rtol=0)
 
 
+@pytest.mark.usefixtures("path")
+def test_heads_that_threads_do_not_divide(monkeypatch):
+    """Five heads on two threads, from a host's tensor (b, n, h, d), with a mask for each head."""
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 2)
+    layout = layout_of((9, 7), (4, 3))
+    q, k, v = (x.transpose(1, 2).contiguous().transpose(1, 2) for x in tensors(layout.tokens, heads=5))
+    mask = torch.randn(2, 5, layout.tokens, layout.tokens, generator=torch.Generator().manual_seed(1))
+    torch.testing.assert_close(block_sparse_attention(q, k, v, layout, mask), reference(q, k, v, layout, mask), atol=EQUAL, rtol=0)
+
+
+def test_a_large_block_finds_most_of_its_keys_in_place():
+    """Of 8 × 8 groups each sees 4 to 9; little more than a third of these 484 is copied, and every turn finds what it sees."""
+    layout = group_layout((128, 128), GroupRule("block"))
+    turns = layout.plan.turns
+    held = torch.full((max(len(turn.keys) for turn in turns),), -1)
+    for turn in turns:
+        for place, tokens in turn.new:
+            held[place : place + len(tokens)] = tokens
+        assert torch.equal(held[: len(turn.keys)], turn.keys)
+    copied = sum(len(tokens) for turn in turns for _, tokens in turn.new)
+    assert len(turns) == 64 and copied < 0.4 * sum(layout.keys)
+
+
+@pytest.mark.parametrize("boolean", [True, False])
+def test_gradients_are_those_of_dense_attention(boolean):
+    layout = layout_of((9, 7), (4, 3))
+    mask = torch.rand(2, 1, layout.tokens, generator=torch.Generator().manual_seed(1))
+    mask = mask > 0.3 if boolean else mask
+    found = []
+    for attention in (block_sparse_attention, reference):
+        given = [x.requires_grad_() for x in tensors(layout.tokens)]
+        found.append(torch.autograd.grad(attention(*given, layout, mask).square().sum(), given))
+    for ours, dense in zip(*found):
+        torch.testing.assert_close(ours, dense, atol=EQUAL, rtol=1e-4)
+
+
+@pytest.mark.usefixtures("path")
 @pytest.mark.parametrize("axes", [1, 2, 3, 4])
 @pytest.mark.parametrize("boolean", [True, False])
 def test_masks_of_hosts_are_merged(axes, boolean):
@@ -48,6 +97,7 @@ def test_masks_of_hosts_are_merged(axes, boolean):
     torch.testing.assert_close(block_sparse_attention(q, k, v, layout, mask), reference(q, k, v, layout, mask), atol=EQUAL, rtol=0)
 
 
+@pytest.mark.usefixtures("path")
 def test_sums_of_exponentials():
     layout = layout_of((9, 7), (4, 3), "cross")
     q, k, v = tensors(layout.tokens)
@@ -57,6 +107,22 @@ def test_sums_of_exponentials():
     torch.testing.assert_close(out, reference(q, k, v, layout), atol=EQUAL, rtol=0)
 
 
+@pytest.mark.parametrize("boolean", [True, False])
+@pytest.mark.parametrize("axes", [1, 4])
+def test_a_query_without_keys_has_no_output_and_no_sum(axes, boolean):
+    """By torch's kernel for the CPU and by scores, which other devices take."""
+    q, k, v = tensors(7)
+    seen = torch.rand((2, 1, 7) if axes == 1 else (2, 3, 7, 7), generator=torch.Generator().manual_seed(2)) > 0.3
+    seen[0, ..., 0, :] = False
+    mask = seen if boolean else torch.zeros(seen.shape).masked_fill(~seen, -torch.inf)
+    out, lse = attention_with_lse(q, k, v, mask)
+    added = torch.zeros(seen.shape).masked_fill(~seen, -torch.inf)
+    for ours, scores in zip((out, lse), from_scores(q, k, v, added if axes == 4 else added[:, None])):
+        torch.testing.assert_close(ours, scores, atol=EQUAL, rtol=0)
+    assert bool((lse[0, :, 0] == -torch.inf).all()) and bool((out[0, :, 0] == 0).all()) and bool(lse[1].isfinite().all())
+
+
+@pytest.mark.usefixtures("path")
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
 def test_large_scores_do_not_overflow(dtype):
     """Scores up to ±200: exp would be infinite in every precision."""
@@ -68,6 +134,7 @@ def test_large_scores_do_not_overflow(dtype):
     assert out.isfinite().all() and lse.isfinite().all() and lse.max() > 100.0
 
 
+@pytest.mark.usefixtures("path")
 def test_memory_is_linear_in_kept_blocks():
     """Twice the rows of the grid at one radius: twice the pairs, and no intermediate tensor with a pair of tokens an element."""
     small, large = (layout_of((rows, 32), (4, 4), before=0, behind=0) for rows in (64, 128))
