@@ -9,17 +9,30 @@ from functools import cached_property
 
 import torch
 
-__all__ = ["BlockLayout", "Plan", "Turn"]
+__all__ = ["BlockLayout", "Plan", "Term", "Turn"]
 
 LARGE = 1 << 16  # pairs of a block that runs alone: an eighth of a millisecond of a core; below, a turn's calls take more than its copies
 
 
 @dataclass(frozen=True, eq=False)
+class Term:
+    """A layout of the tokens from `first` on, whose pairs are added (sign 1) or taken away (−1)."""
+
+    sign: int
+    first: int
+    layout: BlockLayout
+
+
+@dataclass(frozen=True, eq=False)
 class BlockLayout:
-    """blocks: the tokens of each block, every token of the sequence in one of them; kept: for each block the blocks it sees, none twice."""
+    """blocks: the tokens of each block, every token of the sequence in one of them; kept: for each block the blocks it sees, none twice.
+
+    terms: the same pairs as a sum over layouts of larger blocks, or none. Each pair that a term takes away is in at least two that add it.
+    """
 
     blocks: tuple[torch.Tensor, ...]
     kept: tuple[tuple[int, ...], ...]
+    terms: tuple[Term, ...] = ()
 
     def __post_init__(self):
         order = torch.cat(self.blocks).sort().values
@@ -63,6 +76,12 @@ class BlockLayout:
             owner[block] = i
             table[i, list(row)] = True
         return table[owner][:, owner]
+
+    @cached_property
+    def in_terms(self) -> bool:
+        """Whether the sum over terms is the shorter way: blocks are small, of which a pair takes two to five times as long."""
+        small = all(length * keys < LARGE for length, keys in zip(self.lengths, self.keys) if keys < self.tokens)
+        return small and 0 < sum(term.layout.pairs for term in self.terms) <= 2 * self.pairs
 
     @cached_property
     def plan(self) -> Plan:

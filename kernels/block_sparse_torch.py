@@ -95,6 +95,9 @@ def torch_path(
         bias = bias.to(q.dtype)
     if torch.is_grad_enabled() and (q.requires_grad or k.requires_grad or v.requires_grad) and not with_lse:
         return _differentiable(q, k, v, layout, bias)
+    if layout.in_terms:
+        out, lse = _summed(q, k, v, layout, bias)
+        return (out, lse) if with_lse else out
     batch, heads, tokens, width = q.shape
     plan, threads = layout.plan, torch.get_num_threads()
     at_once, room = (-(-heads // -(-heads // threads)), CACHED * threads) if q.device.type == "cpu" else (heads, GATHERED)
@@ -120,6 +123,25 @@ def torch_path(
         if lse is not None:
             torch.index_select(sums, 1, back, out=lse[sample, some])
     return out if lse is None else (out, lse)
+
+
+def _summed(
+    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, layout: BlockLayout, bias: torch.Tensor | None
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Σ_t ± exp(lse_t) out_t / Σ_t ± exp(lse_t). No term is above the whole, so that nothing is lost where one is taken away."""
+    most = q.new_full(q.shape[:3], torch.finfo(torch.float32).min, dtype=torch.float32)  # of lse so far; −∞ − −∞ is no number
+    total, out = torch.zeros_like(most), q.new_zeros(q.shape, dtype=torch.float32)
+    for term in layout.terms:
+        here = slice(term.first, term.first + term.layout.tokens)
+        part = None if bias is None else bias[:, :, here if bias.shape[2] > 1 else slice(None), here]
+        found, lse = torch_path(*(x[:, :, here] for x in (q, k, v)), term.layout, part, with_lse=True)
+        before, now = most[:, :, here], torch.maximum(most[:, :, here], lse)
+        fade, weight = (before - now).exp_(), (lse - now).exp_().mul_(term.sign)
+        total[:, :, here].mul_(fade).add_(weight)
+        out[:, :, here].mul_(fade[..., None]).addcmul_(found.float(), weight[..., None])
+        before.copy_(now)
+    out /= total.clamp_min(torch.finfo(torch.float32).tiny)[..., None]
+    return out.to(q.dtype), most + total.log()
 
 
 def _differentiable(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, layout: BlockLayout, bias: torch.Tensor | None) -> torch.Tensor:

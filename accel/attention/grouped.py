@@ -25,7 +25,8 @@ import torch
 from ...errors import input_error
 from ...families.arch import arch_spec
 from ...families.blocks import parse_blocks
-from ...kernels.block_sparse_attention import BlockLayout, block_sparse_attention
+from ...kernels.block_layout import BlockLayout, Term
+from ...kernels.block_sparse_attention import block_sparse_attention
 from ..cache.clock import StepClock
 from .break_even import least_tokens
 from .dispatch import AttentionCall, RunFacts, attach
@@ -79,12 +80,41 @@ def group_layout(sides: tuple[int, ...], rule: GroupRule, before: int = 0, behin
     seen = rule.sees(torch.tensor(places), (clip, True, True))
     kept = [tuple(row.nonzero().flatten().tolist()) for row in seen]
     total = math.prod(sides) + before + behind
-    for shared in (torch.arange(before), torch.arange(total - behind, total)):
-        if len(shared):
-            kept = [(*row, len(blocks)) for row in kept]
-            blocks.append(shared)
-            kept.append(tuple(range(len(blocks))))
-    return BlockLayout(tuple(blocks), tuple(kept))
+    shared = [tokens for tokens in (torch.arange(before), torch.arange(total - behind, total)) if len(tokens)]
+    axes = [axis for axis in range(3) if clip or axis > 0]
+    terms = _cross_terms(blocks, places, axes, before, shared) if rule.pattern == "cross" else ()
+    return _with_shared(blocks, kept, shared, terms)
+
+
+def _with_shared(
+    blocks: list[torch.Tensor], kept: list[tuple[int, ...]], shared: list[torch.Tensor], terms: tuple[Term, ...] = ()
+) -> BlockLayout:
+    """A layout with blocks that see and are seen by all."""
+    last = len(blocks) + len(shared)
+    rows = [(*row, *range(len(blocks), last)) for row in kept] + [tuple(range(last))] * len(shared)
+    return BlockLayout((*blocks, *shared), tuple(rows), terms)
+
+
+def _cross_terms(
+    groups: list[torch.Tensor], places: list[tuple[int, ...]], axes: list[int], before: int, shared: list[torch.Tensor]
+) -> tuple[Term, ...]:
+    """Groups that are equal along some axis are all those that are equal along one, less those along two, and those along three.
+
+    So a row sees itself, a column sees itself, and a group, which both have seen, is taken away once. What all see is in the first term.
+    """
+    terms: list[Term] = []
+    for size in range(1, len(axes) + 1):
+        for equal in itertools.combinations(axes, size):
+            lines: dict[tuple[int, ...], list[torch.Tensor]] = {}
+            for tokens, place in zip(groups, places):
+                lines.setdefault(tuple(place[axis] for axis in equal), []).append(tokens)
+            blocks = [torch.cat(tokens).sort().values for tokens in lines.values()]
+            kept = [(i,) for i in range(len(blocks))]
+            if not terms:
+                terms.append(Term(1, 0, _with_shared(blocks, kept, shared)))
+            else:
+                terms.append(Term((-1) ** (size + 1), before, BlockLayout(tuple(tokens - before for tokens in blocks), tuple(kept))))
+    return tuple(terms)
 
 
 def summary(sides: tuple[int, ...], rule: GroupRule, text: int) -> str:

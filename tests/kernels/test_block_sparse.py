@@ -39,9 +39,10 @@ def test_equals_dense_attention_under_the_mask(sides, group, pattern):
 
 
 @pytest.mark.usefixtures("path")
+@pytest.mark.parametrize("pattern, group", [("block", (4, 3)), ("cross", (2, 2))])
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
-def test_equals_dense_attention_in_half_precision(dtype):
-    layout = layout_of((9, 7), (4, 3))
+def test_equals_dense_attention_in_half_precision(dtype, pattern, group):
+    layout = layout_of((9, 11), group, pattern)
     q, k, v = tensors(layout.tokens, dtype=dtype)
     torch.testing.assert_close(block_sparse_attention(q, k, v, layout), reference(q, k, v, layout), atol=2e-2, rtol=0)
 
@@ -95,6 +96,35 @@ def test_masks_of_hosts_are_merged(axes, boolean):
     allowed[..., 2] = True  # some text is always seen, so that no query is left without keys
     mask = allowed if boolean else torch.where(allowed, 0.25, -1e4)
     torch.testing.assert_close(block_sparse_attention(q, k, v, layout, mask), reference(q, k, v, layout, mask), atol=EQUAL, rtol=0)
+
+
+@pytest.mark.parametrize("sides, group", [((12, 14), (2, 2)), ((9, 11), (2, 3)), ((7, 8, 9), (2, 2))])
+@pytest.mark.parametrize("masked", [False, True])
+def test_a_cross_of_small_groups_is_a_sum_over_lines(sides, group, masked):
+    """Rows and columns less the groups that both have seen, of a clip planes, lines and groups; nearly all mass on a query's own group."""
+    layout = layout_of(sides, group, "cross")
+    assert layout.in_terms and len(layout.terms) == 2 ** len(sides) - 1
+    q, k, v = tensors(layout.tokens)
+    k = k + 4.0 * q
+    mask = torch.rand(2, 1, *[layout.tokens] * 2, generator=torch.Generator().manual_seed(1)) > 0.5 if masked else None
+    if masked:
+        mask[:, :, 9] = False
+    out, lse = torch_path(q, k, v, layout, mask, with_lse=True)
+    seen = layout.mask() if mask is None else layout.mask() & mask
+    scores = (q @ k.transpose(-1, -2) / 4.0).masked_fill(~seen, -torch.inf)
+    torch.testing.assert_close(out, reference(q, k, v, layout, mask), atol=EQUAL, rtol=0)
+    torch.testing.assert_close(lse, scores.logsumexp(-1), atol=EQUAL, rtol=1e-6)
+
+
+def test_terms_hold_every_pair_once():
+    """As a matrix of counts; and a cross of few lines, which share most of their groups, is not made of terms."""
+    layout = layout_of((7, 8, 9), (2, 2), "cross")
+    counts = torch.zeros(layout.tokens, layout.tokens, dtype=torch.long)
+    for term in layout.terms:
+        here = slice(term.first, term.first + term.layout.tokens)
+        counts[here, here] += term.sign * term.layout.mask()
+    assert torch.equal(counts, layout.mask().long())
+    assert not layout_of((4, 4, 4), (2, 2), "cross", before=0, behind=0).in_terms
 
 
 @pytest.mark.usefixtures("path")
