@@ -1,11 +1,14 @@
-"""Measure attention over fewer keys: `python bench/attention.py [--rounds N] [--tokens 4096 16384] [grouped] [rettention] [error]`.
+"""Measure attention over fewer keys: `python bench/attention.py [--rounds N] [--tokens 4096 16384] [grouped] [tiles] [rettention] [error]`.
 
 All times are seconds of this process (`time.process_time`) of one thread, which work beside it hardly moves; rows interleave what they
 compare. Two heads of 64 in fp32, no text.
 
 grouped      attention.csv: groups of 16 × 16 against torch's SDPA. `ideal` is n²/pairs, what leaving out pairs could give; `of_ideal` the
-             share of it that is reached; `kept_mib` the keys and values of all kept blocks; `max_error` against dense attention under the
-             same mask. Beside it, from arXiv 2505.14687: 35.8× for block and 11.6× for cross at 262144 tokens on an A100.
+             share of it that is reached, `sdpa_of_ideal` the share that SDPA alone reaches, called for the same groups over keys in place;
+             `kept_mib` the keys and values of all kept blocks; `max_error` against dense attention under the same mask. Beside it, from
+             arXiv 2505.14687: 35.8× for block and 11.6× for cross at 262144 tokens on an A100.
+tiles        attention_tiles.csv: nanoseconds a pair of query and key of one head by SDPA, whose tile of queries grows with their number,
+             and by two products with a softmax between, written into tensors that are there.
 rettention   rettention_step.csv: a dense step, one that measures and one that is corrected, at the first size; `run_gain` of a run of 20
              steps as arXiv 2505.22918 has it, 5 + 3 + 12 of them.
 error        rettention_error.csv: the tiny model at 64×64, 20 steps, guidance 1, single tokens and their 8 neighbours, 8 seeds:
@@ -15,6 +18,7 @@ error        rettention_error.csv: the tiny model at 64×64, 20 steps, guidance 
 from __future__ import annotations
 
 import argparse
+import itertools
 import math
 import statistics
 import time
@@ -29,7 +33,8 @@ from rectiflow.families.tokens import TokenSpec
 from rectiflow.kernels.block_sparse_attention import BlockLayout, block_sparse_attention
 from table import write_table
 
-GROUPED = ["tokens", "pattern", "sparsity", "dense_s", "grouped_s", "gain", "ideal", "of_ideal", "kept_mib", "max_error"]
+GROUPED = ["tokens", "pattern", "sparsity", "dense_s", "grouped_s", "gain", "ideal", "of_ideal", "sdpa_of_ideal", "kept_mib", "max_error"]
+TILES = ["queries", "keys", "sdpa_ns", "products_ns"]
 STEP = ["tokens", "pattern", "keep", "seen", "dense_s", "measured_s", "sparse_s", "gain", "ideal", "run_gain"]
 ERROR = ["form", "ratio", "residual", "ramp", "period", "seeds", "pairs_share", "error"]
 KEEP = 0.03125
@@ -61,15 +66,39 @@ def grouped_row(tokens: int, pattern: str, rounds: int) -> list:
     side = math.isqrt(tokens)
     layout = group_layout((side, side), GroupRule(pattern))
     q, k, v = random_qkv(tokens)
-    block_sparse_attention(q, k, v, layout)
-    taken = [(seconds(F.scaled_dot_product_attention, q, k, v), seconds(block_sparse_attention, q, k, v, layout)) for _ in range(rounds)]
-    gain = statistics.median(dense / ours for dense, ours in taken)
-    dense, ours = (statistics.median(times) for times in zip(*taken))
+    in_place = [x[:, :1, : max(layout.keys)].contiguous() for x in (k, v)]
+
+    def sdpa_alone() -> None:
+        for head, (length, keys) in itertools.product(range(2), zip(layout.lengths, layout.keys)):
+            F.scaled_dot_product_attention(q[:, head : head + 1, :length], *(x[:, :, :keys] for x in in_place))
+
+    ways = ((F.scaled_dot_product_attention, q, k, v), (block_sparse_attention, q, k, v, layout), (sdpa_alone,))
+    for way in ways:
+        seconds(*way)
+    taken = [[seconds(*way) for way in ways] for _ in range(rounds)]
+    gain, most = (statistics.median(row[0] / row[i] for row in taken) for i in (1, 2))
+    dense, ours, _ = (statistics.median(times) for times in zip(*taken))
     kept = 2 * sum(layout.keys) * 2 * 64 * 4
     return [
         tokens, pattern, f"{1 - layout.share:.4f}", f"{dense:.4f}", f"{ours:.4f}", f"{gain:.2f}", f"{1 / layout.share:.2f}",
-        f"{gain * layout.share:.2f}", f"{kept / 2**20:.0f}", f"{largest_error(q, k, v, layout):.1e}",
+        f"{gain * layout.share:.2f}", f"{most * layout.share:.2f}", f"{kept / 2**20:.0f}", f"{largest_error(q, k, v, layout):.1e}",
     ]  # fmt: skip
+
+
+def tile_row(queries: int, keys: int, rounds: int) -> list:
+    q, (_, k, v) = random_qkv(queries)[0][:, :1], (x[:, :1] for x in random_qkv(keys))
+    scaled, scores, out = q[0, 0] * 64**-0.5, torch.empty(queries, keys), torch.empty(queries, 64)
+
+    def products() -> None:
+        torch.mm(scaled, k[0, 0].t(), out=scores)
+        torch.softmax(scores, -1, out=scores)
+        torch.mm(scores, v[0, 0], out=out)
+
+    def repeated(work, *given) -> float:
+        return sum(seconds(work, *given) for _ in range(16)) / (16 * queries * keys)
+
+    taken = [(repeated(F.scaled_dot_product_attention, q, k, v), repeated(products)) for _ in range(rounds + 1)][1:]
+    return [queries, keys, *(f"{1e9 * statistics.median(times):.2f}" for times in zip(*taken))]
 
 
 def step_row(tokens: int, pattern: str, rounds: int) -> list:
@@ -122,7 +151,7 @@ def error_rows(seeds: int) -> list[list]:
 @torch.inference_mode()
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("what", nargs="*", default=["grouped", "rettention", "error"], help="all when none is named")
+    parser.add_argument("what", nargs="*", default=["grouped", "tiles", "rettention", "error"], help="all when none is named")
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--tokens", type=int, nargs="+", default=[4096, 16384], help="squares of multiples of 16")
     parser.add_argument("--seeds", type=int, default=8)
@@ -130,6 +159,9 @@ def main() -> None:
     if "grouped" in arguments.what:
         write_table("attention", GROUPED, [grouped_row(tokens, pattern, arguments.rounds) for tokens in arguments.tokens
                                            for pattern in PATTERNS])  # fmt: skip
+    if "tiles" in arguments.what:
+        rows = [tile_row(queries, keys, arguments.rounds) for queries in (64, 256, 1024) for keys in (1024, 2304, 3840)]
+        write_table("attention_tiles", TILES, rows)
     if "rettention" in arguments.what:
         rows = [step_row(arguments.tokens[0], pattern, arguments.rounds) for pattern in KEPT_PATTERNS if pattern != "frame_band"]
         write_table("rettention_step", STEP, rows)
