@@ -2,8 +2,8 @@
 
 Copies are what a sparse attention has beside a dense one, so they are few and near. A large block's keys stay in a buffer for the next
 block, which replaces those that it does not see; of small blocks as many run together as a core's cache holds keys of. A cross of small
-groups is summed over its lines, whose keys need hardly any copy. SDPA is no slower than products with a softmax between, written into
-tensors that are there, for any number of queries and keys of `bench/attention.py tiles`, so that there is one way to attend.
+groups is summed over its lines, whose keys need hardly any copy. Products with a softmax between, written into tensors that
+are there, are no faster than SDPA for any number of queries and keys of `bench/attention.py tiles`, so there is one way to attend.
 """
 
 from __future__ import annotations
