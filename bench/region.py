@@ -50,10 +50,10 @@ ERROR_HEADER = [
 RUN_HEADER = ["pixels", "method", "setting", "seconds", "seed", "error", "nearer_than_it"]
 
 
-def wide_flux():
-    """A MODEL: width 256, 4 heads, 2 double and 4 single blocks."""
+def wide_flux(width: int = 256):
+    """A MODEL: heads of 64 channels, 2 double and 4 single blocks."""
     params = FluxParams(
-        in_channels=16, out_channels=16, vec_in_dim=64, context_in_dim=64, hidden_size=256, mlp_ratio=4.0, num_heads=4, depth=2,
+        in_channels=16, out_channels=16, vec_in_dim=64, context_in_dim=64, hidden_size=width, mlp_ratio=4.0, num_heads=width // 64, depth=2,
         depth_single_blocks=4, axes_dim=(16, 24, 24), theta=10000, patch_size=2, qkv_bias=True, guidance_embed=False,
     )  # fmt: skip
     generator = torch.Generator().manual_seed(0)

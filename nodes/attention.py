@@ -135,13 +135,13 @@ class RectiflowRettention(Node):
 
 
 class RectiflowAttentionReport(Node):
-    """Reads what Grouped Attention, Re-ttention, Context Drop or Mixed-Grain Tokens did in the last run: what was made cheaper, and why."""
+    """Reads what nodes on attention, mixed grains and skipped MLPs did in the last run: what was made cheaper, what was not, and why."""
 
     TITLE = "Attention Report"
     GROUP = GROUP
     SEARCH_ALIASES = ["GRAT", "Rettention", "context drop", "sparsity", "speed"]
     INPUTS = (
-        socket("report", "ATTENTION_REPORT", "From Grouped Attention, Re-ttention, Context Drop or Mixed-Grain Tokens."),
+        socket("report", "ATTENTION_REPORT", "From Grouped Attention, Re-ttention, Context Drop, Mixed-Grain Tokens or Token-Skip MLP."),
         socket("after", "LATENT", "The output of the sampler that took the model: the report waits for it."),
     )
     OUTPUTS = (Output("STRING", "text", "To read; link it to Preview Any."),)

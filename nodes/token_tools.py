@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from ..errors import input_error
-from .declare import Node, Output, boolean, choice, integer, number, socket
+from .declare import Node, Output, boolean, choice, integer, number, socket, text
 
 GROUP = "region"
 
@@ -123,6 +123,45 @@ class RectiflowMixedGrainTokens(Node):
             grain_map, block_start, block_end, start_percent, end_percent, merge, unmerge, position, weight_attention, grain
         )  # fmt: skip
         return (attach_mixed_grain(model, plan, log, self.TITLE), log)
+
+
+class RectiflowTokenSkipMLP(Node):
+    """The MLPs of chosen blocks run for part of the image's tokens, those that change most; attention sees all (DyDiT without training)."""
+
+    TITLE = "Token-Skip MLP"
+    GROUP = GROUP
+    EXPERIMENTAL = True
+    SEARCH_ALIASES = ["DyDiT", "dynamic tokens", "speed", "faster", "FLOPs"]
+    INPUTS = (
+        socket("model", "MODEL", "A Flux, Chroma, SD3, Lumina 2, Qwen-Image or Wan model, after LoRA and other patches."),
+        number("ratio", 0.7, 0.05, 1.0, "Share of the image's tokens whose MLPs run. 1 is off."),
+        choice("router", ("velocity_change", "latent_variance", "ras_metric"),
+            "Which run first: where velocity changed most, where the latent has most detail, or by RAS's rule, where it deviates least.",
+        ),
+        choice("reuse", ("residual_only", "cached_mlp_output"),
+            "What the others get. residual_only: nothing, as DyDiT. cached_mlp_output: what the MLP last gave them; nearer, costs memory.",
+        ),
+        text("blocks", "all", "Whose MLPs: all, or ranges such as double:2-, single:0-20."),
+        number("start_percent", 0.15, 0.0, 1.0, "Only from this share of the run's steps on."),
+        number("end_percent", 1.0, 0.0, 1.0, "Only before this share of the run's steps."),
+        integer("max_mib", 16384, 1, 1048576, "cached_mlp_output: at most this much is kept; above it the run stops. MiB.", advanced=True),
+        socket("region_mask", "MASK", "Tokens whose MLPs always run, on top of the share.", optional=True),
+    )
+    OUTPUTS = (
+        Output("MODEL", "model", "The same model with skipped MLPs."),
+        Output("ATTENTION_REPORT", "report", "Tokens and FLOPs, for Attention Report; it is filled while sampling."),
+    )
+    HIDDEN = {"unique_id": "UNIQUE_ID"}  # the graph cache gives equal nodes one output; each needs a report of its own
+
+    def run(
+        self, model, ratio, router, reuse, blocks, start_percent, end_percent, max_mib, region_mask=None, unique_id=None,
+    ):  # fmt: skip
+        from ..accel.region.skip_binding import SkipLog, attach_token_skip
+        from ..accel.region.token_skip import TokenSkip
+
+        log = SkipLog()
+        plan = TokenSkip(ratio, router, reuse, blocks, start_percent, end_percent, max_mib << 20, region_mask)
+        return (attach_token_skip(model, plan, log, self.TITLE), log)
 
 
 class RectiflowCostPredictor(Node):

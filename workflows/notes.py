@@ -81,6 +81,11 @@ NOTES = {
         "The report has tokens and FLOPs. Change **fine_share** of Grain Map: 1 is the plain model; **end_percent** 1 leaves noise in "
         "coarse regions, **unmerge** `copy` shows what `delta` keeps."
     ),
+    "token_skip_mlp": (
+        "After three steps the MLPs of every block run for half of the tokens, those whose velocity changed most; the others get "
+        "nothing, or what they got last. The report has tokens and FLOPs. Change **ratio**: 1 is the plain model; **router** chooses "
+        "other tokens."
+    ),
     "region_with_cache": (
         "A cache around region-adaptive sampling: steps the cache answers never reach the regions, and both reports say what they "
         "did. Change **interval** of the cache (1 turns it off) and **sample_ratio** of the regions (1 turns them off)."

@@ -20,6 +20,7 @@ from .cells import GrainCells, grain_cells
 from .grid import TokenGrid
 from .hooks import Unfit
 from .mixed_grain import KEY, MergedCall, MixedGrain
+from .token_skip import KEY as SKIP_KEY
 
 __all__ = ["GrainLog", "attach_mixed_grain", "call_flops"]
 
@@ -125,8 +126,9 @@ def attach_mixed_grain(model: Any, plan: MixedGrain, log: GrainLog, where: str) 
         got = f"{type(transformer).__name__} ({spec.family}), whose blocks have no patches"
         raise input_error(where, "model", got, SUPPORTED, "Use one of these, or Region-Adaptive Sampling, which takes this model.")
     plan.check(spec, where)
-    if is_attached(model) or model.wrappers.get(OUTER, {}).get(KEY):
-        got = "a model with region-adaptive sampling or mixed grains"
+    outer = model.wrappers.get(OUTER, {})
+    if is_attached(model) or outer.get(KEY) or outer.get(SKIP_KEY):
+        got = "a model with region-adaptive sampling, mixed grains or skipped MLPs"
         raise input_error(where, "model", got, "a model without them", "Keep one of these nodes between model and sampler.")
     patched = model.clone()
 

@@ -50,6 +50,13 @@ GRAPHS = {
         empty=("RectiflowEmptyLatent", {"vae": ["load", 2], "width": 64, "height": 64, "batch_size": 2}),
         sample=ksampler(["empty", 0], model=["mixed", 0], steps=8), decode=decoded(["sample", 0]), save=shown(["decode", 0]),
     ),
+    "skipped MLPs, batch of two": stock(
+        skip=("RectiflowTokenSkipMLP", {
+            "model": ["load", 0], "ratio": 0.5, "router": "latent_variance", "reuse": "cached_mlp_output", "blocks": "double:1-, single",
+            "start_percent": 0.2, "end_percent": 0.9, "max_mib": 64,
+        }),
+        empty=EMPTY, sample=ksampler(["empty", 0], model=["skip", 0], steps=8), decode=decoded(["sample", 0]), save=shown(["decode", 0]),
+    ),
 }  # fmt: skip
 
 
