@@ -38,10 +38,10 @@ SPEED = ("model", "align", "FLOPs removed", "seconds a run", "time removed", "ti
 
 
 class Bench:
-    def __init__(self, tiny, services, callback: str, iterations: int):
+    def __init__(self, tiny, services, iterations: int):
         from rectiflow.accel.prune.width import groups_of
 
-        self.tiny, self.services, self.callback, self.iterations = tiny, services, callback, iterations
+        self.tiny, self.services, self.iterations = tiny, services, iterations
         self.groups = groups_of(tiny.model, "bench")
         self.prompts = [entry for text in LEARN for entry in tiny.conditioning(text)]
         self.held = [text for text in HELD for _ in range(2)]
@@ -78,7 +78,7 @@ class Bench:
         from rectiflow.train.width_masks import score_width
 
         start = time.process_time()
-        scores = score_width(self.tiny.model, method, self.shown(seed), 48, self.services, self.callback, "bench")
+        scores = score_width(self.tiny.model, method, self.shown(seed), 48, self.services, "bench")
         self.measured(scores, "", seed, time.process_time() - start)
         return scores
 
@@ -88,7 +88,7 @@ class Bench:
 
         start, sigmas = time.process_time(), torch.linspace(1.0, 0.0, STEPS + 1)
         settings = MaskSettings(objective=objective, iterations=self.iterations, beta=beta, lr_heads=0.3, seed=seed)
-        done = learn_masks(self.tiny.model, settings, self.shown(seed), sigmas, None, self.services, self.callback, "bench")
+        done = learn_masks(self.tiny.model, settings, self.shown(seed), sigmas, None, self.services, "bench")
         self.measured(done.scores, beta, seed, time.process_time() - start)
         return done.report["final_latent_error_at"]["0.2"]
 
@@ -139,10 +139,9 @@ def main() -> None:
     torch.set_num_threads(1)
     host = make_host(Path(tempfile.mkdtemp()), settings=HostSettings(device="cpu", dtype="fp32"))
     with use_host(host):
-        from rectiflow.host import CallbacksMP
         from rectiflow.nodes.pruning import host_services
 
-        bench = Bench(TinyRuns(host), host_services(), CallbacksMP.ON_PRE_RUN, given.iterations)
+        bench = Bench(TinyRuns(host), host_services(), given.iterations)
         magnitude = bench.scored("magnitude", 0)
         if "speed" in given.part:
             speed(bench, magnitude, given.rounds)

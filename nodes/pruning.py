@@ -104,12 +104,12 @@ class RectiflowRecoverPruned(Node):
     OUTPUT_NODE = True
     SEARCH_ALIASES = ["distillation", "prune recovery", "knowledge distillation", "tinyfusion"]
     INPUTS = (
-        socket("student", "MODEL", "The pruned model, from Apply Prune Plan."),
+        socket("student", "MODEL", "The pruned model: from Apply Prune Plan, Apply Width Mask or Compact Width."),
         socket("teacher", "MODEL", "The whole one. The same loaded model costs no second copy."),
         POSITIVE, LATENT,
         integer("steps", 200, 1, 1000000, "Steps in all."),
         integer("batch", 4, 1, 4096, "Points of the flow a step."),
-        choice("learns", ("lora", "changed_blocks", "all", "biases"), "changed_blocks: whole weights of the blocks beside those left out."),
+        choice("learns", ("lora", "changed_blocks", "all", "biases"), "changed_blocks: whole weights of narrow blocks, and beside gaps."),
         integer("rank", 16, 1, 4096, "Of the LoRA."),
         number("lr", 5e-4, 0.0, 10.0, "Learning rate. LoRA 5e-4, whole weights 1e-4.", step=0.00001),
         seed_input("Of the samples and of every draw."),

@@ -326,7 +326,7 @@ def _run_folder(name: str):
 
 def _host_services():
     """What the trainer asks of its host."""
-    from ..host import CFGGuider, ProgressBar, load_lora_for_models, load_models_gpu, throw_if_interrupted
+    from ..host import CallbacksMP, CFGGuider, ProgressBar, load_lora_for_models, load_models_gpu, throw_if_interrupted
     from ..train.session import Services
 
     def load(models):
@@ -335,4 +335,4 @@ def _host_services():
     def with_lora(model, lora):
         return load_lora_for_models(model, None, lora, 1.0, 0.0)[0]
 
-    return Services(CFGGuider, ProgressBar, throw_if_interrupted, load, with_lora)
+    return Services(CFGGuider, ProgressBar, throw_if_interrupted, load, with_lora, CallbacksMP.ON_PRE_RUN)

@@ -84,7 +84,7 @@ class RectiflowWidthMaskLearn(Node):
         shown = calibration(model, positive, latent, negative, samples, len(sigmas), cfg, seed)
         settings = MaskSettings(stop_at=stop_at_sparsity, seed=seed, **given)
         folder = run_folder(name, self.TITLE)
-        done = learn_masks(model, settings, shown, sigmas, folder, host_services(), before_run(), self.TITLE)
+        done = learn_masks(model, settings, shown, sigmas, folder, host_services(), self.TITLE)
         picture = mean_picture(done.scores, f"{settings.objective}: mean λ of each layer")
         return (done.scores, json.dumps(done.report, indent=1), picture, curve_picture(done.history))
 
@@ -112,7 +112,7 @@ class RectiflowWidthMaskScore(Node):
         from .pruning import calibration, host_services
 
         shown = calibration(model, positive, latent, negative, samples, sample_steps, cfg, seed)
-        scores = score_width(model, method, shown, points, host_services(), before_run(), self.TITLE)
+        scores = score_width(model, method, shown, points, host_services(), self.TITLE)
         counts = {kind: sum(len(v) for (_, k), v in scores.values.items() if k.startswith("heads") == (kind == "heads"))
                   for kind in ("heads", "neurons")}  # fmt: skip
         report = f"{method}: {counts['heads']} heads and {counts['neurons']} neurons in {len(scores.values)} layers"

@@ -6,7 +6,8 @@
 The matched places i are derived from the plan: the end of every stretch of blocks that were left out, where the student hands on what
 stood for the whole stretch (TinyFusion, arXiv 2412.01199: the output of each local block). a = 0.1 and β = 2e-4 are its figures for flow
 models; our D is relative to the size of the teacher's features, theirs is not. What learns is put on with weight wrappers (params.py), so a
-teacher that is the same loaded model is the student with its additions and its plan switched off: no second copy of the weights.
+teacher that is the same loaded model is the student with its additions and its plan switched off: no second copy of the weights. A model
+that lacks heads and neurons learns as masks show it, at full width; what it learnt is cut to it where it is put on.
 
 on_policy: from x_σ the student takes one Euler step of its own to a lower σ' and is compared with the teacher where it arrives, so that
 it learns from states it makes itself; these count as much as the pool's, in every third step (mixed) or in each (on_policy).
@@ -26,11 +27,13 @@ import torch
 from torch import Tensor, nn
 
 from ..accel.prune.apply import SkipBlock, plan_of, stack_under, without_plan
+from ..accel.prune.compact import full_width
 from ..accel.prune.gates import gate_blocks, own
 from ..accel.prune.identity import NETWORK, model_hash
 from ..accel.prune.plan import PrunePlan
 from ..accel.prune.scores import relative_error
 from ..accel.prune.students import SCHEDULED, STUDENTS_FILE, StudentBlock, copy_of, student_file, weights_of, with_students
+from ..accel.prune.width import MaskValue, masked_by
 from ..errors import input_error
 from ..families.stack import Stack, StackBlock, State
 from .checkpoints import RunFolder, write_whole
@@ -58,8 +61,8 @@ MEASURED_AT = 16
 
 @dataclass(frozen=True)
 class RecoverSettings:
-    """learns: one of LEARNS; changed_blocks: the kept blocks next to what was left out. flow_share, feature_weight, mask_sigma: a, β and
-    the width of D above. data: one of DATA. The others as in TrainConfig."""
+    """learns: one of LEARNS; changed_blocks: narrow blocks, and the kept ones next to what was left out. flow_share, feature_weight,
+    mask_sigma: a, β and the width of D above. data: one of DATA. The others as in TrainConfig."""
 
     steps: int = 200
     batch: int = 4
@@ -177,19 +180,22 @@ class OnPolicy:
 
 
 def matched_places(plan: PrunePlan, stack: Stack) -> tuple[str, ...]:
-    """The last block of every stretch that was left out: there student and teacher should agree."""
+    """The last block of every stretch that was left out, and every narrow block: there student and teacher should agree."""
     gone = set(plan.removed(stack))
     ends = []
     for group in stack.groups():
         ends += [block.path for block, after in zip(group, (*group[1:], None)) if block in gone and after not in gone]
-    return tuple(ends)
+    return (*ends, *(path for path in plan.width if stack.at(path) not in gone))
 
 
 def changed_blocks(plan: PrunePlan, stack: Stack) -> tuple[str, ...]:
-    """Kept blocks with a neighbour that was left out."""
+    """Kept blocks that are narrow, or have a neighbour that was left out."""
     gone = set(plan.removed(stack))
     near = zip(stack.blocks, (None, *stack.blocks[:-1]), (*stack.blocks[1:], None))
-    return tuple(block.path for block, before, after in near if block not in gone and (before in gone or after in gone))
+    return tuple(
+        block.path for block, before, after in near
+        if block not in gone and (block.path in plan.width or before in gone or after in gone)
+    )  # fmt: skip
 
 
 def subset_for(settings: RecoverSettings, plan: PrunePlan, stack: Stack) -> ParamSubset:
@@ -217,15 +223,13 @@ class Recovery:
     notes: list[str] = field(default_factory=list)
     found: dict[str, Any] = field(default_factory=dict)
     on_network: Additions | None = None
+    masks: tuple[MaskValue, ...] = ()
 
     def run(self) -> Recovered:
         plan, started = plan_of(self.student), time.perf_counter()
         if plan is None:
             allowed = "a model behind Apply Prune Plan, or a loaded pruned model"
             raise input_error(WHERE, "student", "a model without a plan", allowed, "Apply a plan first; Train takes whole models.")
-        if plan.width:
-            allowed = "a model that lacks blocks and has its full width"
-            raise input_error(WHERE, "student", "a masked or narrow model", allowed, "Recover first, then mask and narrow what comes out.")
         if self.student.get_attachment(SCHEDULED) is not None:
             allowed = "a model whose runs are replaced at every sigma"
             raise input_error(WHERE, "student", "runs with a range", allowed, "Set start_percent 0 and end_percent 1 in Apply Runs.")
@@ -235,11 +239,14 @@ class Recovery:
         with torch.inference_mode(False), torch.enable_grad():
             gate = PrunedGate(gone, frozenset(matched_places(plan, stack)), self._own_students())
             shared = self.student.model is self.teacher.model
-            patcher = without_plan(self.student, plan, WHERE) if shared else self.student.clone()
+            patcher = full_width(self.student, plan, WHERE) if plan.width else self.student.clone()
+            patcher = without_plan(patcher, plan, WHERE) if shared else patcher
             for path in () if shared else gate.students:
                 patcher.add_object_patch(NETWORK + path, SkipBlock(stack.at(path)))  # ours answers, from the gate
             patcher = gate_blocks(patcher, stack.blocks, gate)
             self.on_network = attach(patcher, subset_for(self.settings, plan, stack), self.settings.seed, WHERE)
+            if plan.width:
+                patcher, self.masks = masked_by(patcher, plan, self.services.before_run, WHERE)
             additions = Additions({**self.on_network.modules, **self._on_students(gate.students)})
             if self.settings.checkpointing and not checkpoint_blocks(patcher):
                 self.notes.append("blocks of this model cannot be recomputed one by one; checkpointing is off")
@@ -279,17 +286,23 @@ class Recovery:
 
         @contextmanager
         def off():
-            gate.active = False
+            self._pruned(gate, False)
             try:
                 with additions.switched_off():
                     yield
             finally:
-                gate.active = True
+                self._pruned(gate, True)
 
         def body(trainee: Any) -> None:
             self._train(trainee, teacher or Teacher(trainee, off, gate), gate, additions)
 
         inside(self.services.guider, patcher, self.calibration, body, additions, about)
+
+    def _pruned(self, gate: PrunedGate, active: bool) -> None:
+        """Whether the network answers as the plan leaves it, or whole."""
+        gate.active = active
+        for mask in self.masks:
+            mask.active = active
 
     def _train(self, trainee: Any, teacher: Teacher, gate: PrunedGate, additions: Additions) -> None:
         settings, prompts = self.settings, len(trainee.positive)

@@ -43,13 +43,14 @@ SECONDS_BETWEEN_PICTURES = 0.5
 @dataclass(frozen=True)
 class Services:
     """What is asked of a host: guider(model) → CFGGuider; progress(total) → ProgressBar; interrupt() raises to stop; load([models]);
-    with_lora(model, tensors) → a MODEL with a LoRA file on it."""
+    with_lora(model, tensors) → a MODEL with a LoRA file on it; before_run: its name for callbacks "before a run"."""
 
     guider: Callable[[Any], Any]
     progress: Callable[[int], Any]
     interrupt: Callable[[], None]
     load: Callable[[list], None]
     with_lora: Callable[[Any, dict], Any]
+    before_run: str
 
 
 @dataclass(frozen=True)

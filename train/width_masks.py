@@ -243,19 +243,19 @@ def check_sigmas(sigmas: Tensor, where: str) -> Tensor:
 
 
 def learn_masks(
-    model: Any, settings: MaskSettings, shown: Calibration, sigmas: Tensor, folder: Path | None, services: Any, callback: str, where: str
+    model: Any, settings: MaskSettings, shown: Calibration, sigmas: Tensor, folder: Path | None, services: Any, where: str
 ) -> LearnedWidth:
     """Learn λ of the chosen heads and neurons of MODEL.
 
     Args:
         shown: prompts, size, number of noises, guidance; its steps are not read. sigmas: of the runs, falling.
-        folder: of checkpoints, None for none. services: of session.Services. callback: the host's name for "before a run".
+        folder: of checkpoints, None for none. services: of session.Services.
 
     Raises: NodeInputError for what cannot be masked, and samples that are not finite. What interrupts is raised after saving.
     """
     groups, sigmas = chosen_groups(model, settings, where), check_sigmas(sigmas, where)
     learned = LearnedMasks(groups)
-    patcher, masks = put_masks_on(model, groups, callback)
+    patcher, masks = put_masks_on(model, groups, services.before_run)
     learner, notes, found = _Learner(learned, masks), [], {}
     if settings.checkpointing and not checkpoint_blocks(patcher):
         notes.append("blocks of this model cannot be recomputed one by one; checkpointing is off")
@@ -323,7 +323,7 @@ def _tried(flow: _Flow, data: _Paths, learner: _Learner, scores: WidthScores, gr
     return errors
 
 
-def score_width(model: Any, method: str, shown: Calibration, at: int, services: Any, callback: str, where: str) -> WidthScores:
+def score_width(model: Any, method: str, shown: Calibration, at: int, services: Any, where: str) -> WidthScores:
     """Numbers of all heads and neurons of MODEL by one of MEASURED. at: points of the flow where the model is asked."""
     groups = chosen_groups(model, MaskSettings(), where)
     if method == "magnitude":
@@ -332,7 +332,7 @@ def score_width(model: Any, method: str, shown: Calibration, at: int, services: 
         values = {group.key: torch.rand(group.count, generator=seeded(shown.seed, group.name)) for group in groups}
         return _scores(model, method, values, where)
     found: dict[tuple[str, str], Tensor] = {}
-    patcher, masks = put_masks_on(model, groups, callback)
+    patcher, masks = put_masks_on(model, groups, services.before_run)
 
     def body(trainee: Any) -> None:
         pool = sample_pool(trainee, shown)

@@ -21,8 +21,8 @@ NOTES = {
         "size helps this model less than the rank does."
     ),
     "prune_width": (
-        "A fifth of the width goes: once the heads and neurons that learned masks close, once the smallest ones. Nothing is trained "
-        "after it. Change **remove**; raise **iterations** to 60 and combine more prompts to learn better, under another **name**."
+        "A fifth of the width goes: once the heads and neurons that learned masks close, which 20 training steps then recover, once the "
+        "smallest ones. Change **remove**; raise **iterations** to 60 and combine more prompts to learn better, under another **name**."
     ),
     "prune_and_recover": (
         "Three of nine blocks are left out, then 20 training steps bring the picture back; no data set is needed. Change **method** "

@@ -23,9 +23,9 @@ from ...families.width import WidthGroup
 from .apply import ATTACHMENT, apply_plan, plan_of, stack_under
 from .identity import NETWORK, model_hash, original_part, original_weight
 from .plan import PrunePlan
-from .width import check_width, groups_of, without_masks
+from .width import check_width, full_groups, groups_of, without_masks
 
-__all__ = ["LayerCut", "NarrowWeights", "compact_model", "layer_cuts", "narrow_layer", "narrowed", "spread"]
+__all__ = ["LayerCut", "NarrowWeights", "compact_model", "full_width", "layer_cuts", "narrow_layer", "narrowed", "spread"]
 
 
 @dataclass(frozen=True)
@@ -175,6 +175,26 @@ def compact_model(model: Any, plan: PrunePlan | None, where: str) -> Any:
     patched.set_attachments(ATTACHMENT, plan)
     patched.patches_uuid = uuid.uuid4()  # an object patch alone does not tell the host that the network changes
     return patched
+
+
+def full_width(model: Any, plan: PrunePlan, where: str) -> Any:
+    """A clone of MODEL with every head and neuron again: without the narrow layers and masks that `plan`, which lies on it, put there.
+
+    Raises: NodeInputError for a narrow model from a file, which has nothing else to show.
+    """
+    if model_hash(model) != plan.model:
+        allowed = "a model that was masked or narrowed in this graph"
+        raise input_error(where, "student", "a narrow model from a file", allowed, "Recover first, then save what comes out.")
+    whole = model.clone()
+    narrow = [name for name, patch in whole.object_patches.items() if isinstance(patch, NarrowWeights)]
+    numbers = [NETWORK + name for name in _numbers(plan.width, full_groups(model, where))]
+    for name in [*narrow, *(number for number in numbers if number in whole.object_patches)]:
+        del whole.object_patches[name]
+    for key, functions in whole.weight_wrapper_patches.items():
+        whole.weight_wrapper_patches[key] = without_masks(functions)
+    whole.size = 0  # asked for again
+    whole.patches_uuid = uuid.uuid4()
+    return whole
 
 
 def _exchange_layer(patched: Any, name: str, cut: LayerCut, where: str) -> int:

@@ -23,7 +23,7 @@ from .plan import PrunePlan
 
 __all__ = [
     "ColumnMask", "MaskValue", "WidthCut", "WidthScores", "check_width", "full_groups", "groups_of", "kept_units", "magnitude",
-    "mask_model", "put_masks_on", "removed_share", "unit_weights", "width_plan", "without_masks",
+    "mask_model", "masked_by", "put_masks_on", "removed_share", "unit_weights", "width_plan", "without_masks",
 ]  # fmt: skip
 
 CALLBACK = "rectiflow_width_mask"
@@ -184,10 +184,11 @@ def magnitude(model: Any, groups: tuple[WidthGroup, ...]) -> dict[tuple[str, str
 
 
 class MaskValue:
-    """What a group's units are multiplied by, shared by the layers that read them; None is 1 for all."""
+    """What a group's units are multiplied by, shared by the layers that read them; None, or not active, is 1 for all."""
 
     def __init__(self, value: Tensor | None = None):
         self.value = value
+        self.active = True
 
 
 @dataclass(frozen=True)
@@ -204,7 +205,7 @@ class ColumnMask:
         self.places = places
 
     def __call__(self, weight: Tensor) -> Tensor:
-        given = [(place, place.mask.value) for place in self.places if place.mask.value is not None]
+        given = [(place, place.mask.value) for place in self.places if place.mask.active and place.mask.value is not None]
         if not given:
             return weight
         parts, at = [], 0
@@ -259,6 +260,13 @@ def mask_model(model: Any, plan: PrunePlan, callback: str, where: str) -> Any:
     if plan.removed(stack) != (before.removed(stack) if before else ()):
         remedy = "Apply Prune Plan before this node, or make the plan on this model."
         raise input_error(where, "plan", "a plan that leaves out blocks that the model has", "one for this model's blocks", remedy)
+    patched, _ = masked_by(model, plan, callback, where)
+    patched.set_attachments(ATTACHMENT, plan)
+    return patched
+
+
+def masked_by(model: Any, plan: PrunePlan, callback: str, where: str) -> tuple[Any, tuple[MaskValue, ...]]:
+    """(a clone of MODEL, which has its full width, with masks of what `plan` keeps; the masks)."""
     groups = groups_of(model, where)
     kept = check_width(plan, groups, where)
     chosen = tuple(group for group in groups if group.key in kept)
@@ -266,8 +274,7 @@ def mask_model(model: Any, plan: PrunePlan, callback: str, where: str) -> Any:
     for group in chosen:
         with torch.inference_mode(False):
             masks[group.key].value = torch.zeros(group.count).index_fill(0, torch.tensor(kept[group.key], dtype=torch.long), 1.0)
-    patched.set_attachments(ATTACHMENT, plan)
-    return patched
+    return patched, tuple(masks.values())
 
 
 def without_masks(functions: list) -> list:

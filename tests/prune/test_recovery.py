@@ -7,8 +7,10 @@ import dataclasses
 import pytest
 import torch
 from rectiflow.accel.prune.apply import apply_plan, plan_of, stack_under
+from rectiflow.accel.prune.compact import compact_model
 from rectiflow.accel.prune.identity import model_hash
 from rectiflow.accel.prune.select import plan_without
+from rectiflow.accel.prune.width import WidthCut, WidthScores, groups_of, kept_units, magnitude, mask_model, width_plan
 from rectiflow.errors import NodeInputError
 from rectiflow.host import CFGGuider, sampler_object
 from rectiflow.nodes.pairs import RectiflowFlowPairGenerator
@@ -32,6 +34,19 @@ def case():
     return model, apply_plan(model, plan, "test"), shown
 
 
+@pytest.fixture(scope="module", params=["masked", "narrow", "narrow and shorter"])
+def narrow_case(request, case):
+    """The toy Flux without a third of its heads and neurons, shown by masks or cut, with every block or without two."""
+    model, shorter, shown = case
+    model = shorter if "shorter" in request.param else model
+    groups = groups_of(model, "test")
+    scores = WidthScores("Flux", model_hash(model), "magnitude", magnitude(model, groups))
+    plan = width_plan(model, kept_units(groups, scores, WidthCut(0.33, "local", align=1), model), groups, "test")
+    if request.param == "masked":
+        return case[0], mask_model(model, plan, host_services().before_run, "test"), shown
+    return case[0], compact_model(model, plan, "test"), shown
+
+
 def run(case, tmp_path=None, teacher=None, **changed):
     model, pruned, shown = case
     settings = RecoverSettings(**{"steps": STEPS, "batch": 2, "rank": 4, "lr": 3e-3, "ema": 0.0, **changed})
@@ -49,6 +64,39 @@ def test_a_few_steps_bring_the_student_nearer(case, learns):
     assert plan_of(done.model) is plan_of(pruned)
     assert not [name for name in done.lora if "double_blocks.1." in name or "single_blocks.0." in name]
     assert len(done.losses) == 12 and done.picture.ndim == 4
+
+
+@pytest.mark.parametrize("learns, lr", [("lora", 3e-3), ("all", 1e-3)])
+def test_narrow_models_learn_as_masks_show_them(narrow_case, learns, lr):
+    model, narrow, shown = narrow_case
+    before = velocity_error(narrow, model, shown, CFGGuider, 16)
+    done = run(narrow_case, learns=learns, lr=lr, steps=8)
+    assert done.report["before"]["velocity_error"] == pytest.approx(before, rel=1e-4)
+    assert done.report["after"]["velocity_error"] < 0.98 * before
+    # What was learnt at full width lies on the narrow layers: the model that is handed out is the one that was measured.
+    assert velocity_error(done.model, model, shown, CFGGuider, 16) == pytest.approx(done.report["after"]["velocity_error"], rel=1e-4)
+    assert velocity_error(narrow, model, shown, CFGGuider, 16) == pytest.approx(before, rel=1e-4), "the narrow model itself is not changed"
+    assert plan_of(done.model) is plan_of(narrow) and done.model.model_size() == narrow.model_size()
+
+
+def test_a_narrow_model_and_a_teacher_of_its_own_weights(narrow_case):
+    shared, apart = run(narrow_case), run(narrow_case, teacher=toy("flux"))
+    assert shared.losses == pytest.approx(apart.losses, rel=1e-5)
+
+
+def test_a_narrow_model_stopped_and_resumed_is_the_whole_run(narrow_case, tmp_path):
+    whole, left = run(narrow_case, tmp_path / "whole"), iter([None] * 3)
+    model, narrow, shown = narrow_case
+    settings = RecoverSettings(steps=STEPS, batch=2, rank=4, lr=3e-3, ema=0.0)
+
+    def interrupt():
+        if next(left, True):
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        recover(narrow, model, settings, shown, tmp_path / "part", dataclasses.replace(host_services(), interrupt=interrupt))
+    resumed = run(narrow_case, tmp_path / "part")
+    assert resumed.losses == whole.losses and all(torch.equal(resumed.lora[name], whole.lora[name]) for name in whole.lora)
 
 
 def test_a_teacher_of_its_own_weights_teaches_the_same(case):

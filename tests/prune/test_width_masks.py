@@ -185,7 +185,7 @@ def test_the_loss_of_single_steps_is_zero_at_open_masks_and_has_its_gradient():
 def run(model, *, sigmas=None, folder=None, services=None, **changed):
     settings = MaskSettings(**{"iterations": 3, "accumulate": 1, "batch": 1, **changed})
     sigmas = torch.linspace(1.0, 0.0, 4) if sigmas is None else sigmas
-    return learn_masks(model, settings, SHOWN, sigmas, folder, services or host_services(), BEFORE, "Width Mask Learn")
+    return learn_masks(model, settings, SHOWN, sigmas, folder, services or host_services(), "Width Mask Learn")
 
 
 @pytest.fixture(scope="module")
@@ -259,7 +259,7 @@ def test_it_stops_at_a_share(model):
 
 @pytest.mark.parametrize("method", ["magnitude", "taylor", "activation", "random"])
 def test_other_numbers_are_of_every_unit(model, method):
-    scores = score_width(model, method, SHOWN, 4, host_services(), BEFORE, "test")
+    scores = score_width(model, method, SHOWN, 4, host_services(), "test")
     groups = groups_of(model, "test")
     assert {key: len(value) for key, value in scores.values.items()} == {group.key: group.count for group in groups}
     assert all(bool((value >= 0).all() and value.isfinite().all()) for value in scores.values.values())
@@ -274,7 +274,7 @@ def test_taylor_and_activation_of_a_dead_neuron_are_zero():
     model = toy("flux")
     model.model.diffusion_model.get_submodule("double_blocks.0.img_mlp.2").weight.data[:, 7] = 0.0
     for method in ("taylor", "activation"):
-        found = score_width(model, method, SHOWN, 4, host_services(), BEFORE, "test").values["double_blocks.0", "ffn"]
+        found = score_width(model, method, SHOWN, 4, host_services(), "test").values["double_blocks.0", "ffn"]
         assert float(found[7]) == 0.0 and float(found.sort().values[1]) > 0.0
 
 
