@@ -74,9 +74,12 @@ def _bias_of(bias: torch.Tensor, queries: torch.Tensor, keys: torch.Tensor) -> t
 
 def _run(step: _Step, k: torch.Tensor, v: torch.Tensor, mask: torch.Tensor | None, with_lse: bool) -> torch.Tensor | None:
     """Put what the queries of a step get in their place; the logarithms of their sums (h, g, l) with `with_lse`."""
-    for index, to_k, to_v in step.moves:
-        torch.index_select(k, 1, index, out=to_k)
-        torch.index_select(v, 1, index, out=to_v)
+    for index, *places in step.moves:
+        for x, place in zip((k, v), places):
+            if place.is_contiguous():
+                torch.index_select(x, 1, index, out=place)
+            else:  # of several heads: written element by element, which takes longer than a copy more
+                place.copy_(x.index_select(1, index))
     given = (step.q, k[:, None], v[:, None]) if step.k is None else (step.q, step.k, step.v)
     found, sums = attention_with_lse(*given, mask) if with_lse else (F.scaled_dot_product_attention(*given, attn_mask=mask), None)
     step.q.copy_(found)
