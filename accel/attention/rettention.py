@@ -243,7 +243,8 @@ class RettentionHandler:
             ratio = torch.cat(parts)
         corrected = _reshaped(out, ratio, call.v if plan.form == "centred" else None)
         if plan.use_residual:
-            corrected = corrected + torch.cat([kept.residual(out.device) for kept in held])
+            for part, kept in zip(corrected.chunk(len(held)), held):
+                part += kept.residual(out.device)
         return corrected.to(out.dtype)
 
     def _layout(self, call: AttentionCall) -> BlockLayout:
@@ -282,16 +283,15 @@ class RettentionHandler:
 
 
 def _reshaped(out: torch.Tensor, ratio: torch.Tensor | None, values: torch.Tensor | None) -> torch.Tensor:
-    """ρ · out, and (1 − ρ) · v̄ of the values (b, h, n, d) where they are given, (b, h, n, d) in fp32.
+    """ρ · out, and (1 − ρ) · v̄ of the values (b, h, n, d) where they are given: a tensor (b, h, n, d) of its own in fp32.
 
     A query that sees no key has ratio 0, and what a softmax over nothing gave is left out.
     """
-    out = out.float()
     if ratio is None:
-        return out
+        return out.to(torch.float32, copy=True)
     ratio = ratio[..., None]
-    scaled = torch.where(ratio > 0, out * ratio, 0.0)
-    return scaled if values is None else scaled + (1.0 - ratio) * values.float().mean(dim=2, keepdim=True)
+    scaled = (out.float() * ratio).masked_fill_(ratio <= 0, 0.0)
+    return scaled if values is None else scaled.addcmul_(1.0 - ratio, values.float().mean(dim=2, keepdim=True))
 
 
 def attach_rettention(model: Any, plan: Rettention) -> Any:
