@@ -61,6 +61,11 @@ NOTES = {
         "One noise at three speeds; the previews have seconds, PSNR and which steps were computed. Change **speed**: 1 is the plain "
         "model, 1.5 can hardly be told from it, 4 changes the picture. **Speed 2: what was chosen** says what that rests on."
     ),
+    "several_sizes_at_once": (
+        "Three sizes of one prompt in one run of the sampler: **Pack Latents** makes them one sequence in which each picture sees itself "
+        "alone, **Unpack Latents** takes it apart (index 0: a list of all). Change the sizes, or link up to six; the preview while "
+        "sampling shows the strip of patches."
+    ),
     "high_resolution_attention": (
         "Twice the training side, four ways: plain; with positions stretched by **RoPE Extrapolation**; and with cheaper attention "
         "on top. **Grouped Attention** computes 60 % of the pairs here and **Context Drop** 27 %; the reports say so. Groups of 2 "
