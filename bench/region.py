@@ -6,8 +6,9 @@ All times are seconds of this process (`time.process_time`), which work beside i
 
 step   one call over a share of 4096 image tokens (latent 128×128) of a Flux of width 256 with random weights, 2 + 4 blocks, 16 text tokens,
        against the dense call: medians of interleaved rounds, CPU, float32, keys and values kept.
-run    the tiny model at 128×128 pixels, eight seeds, guidance 1, on the CPU: latent error to 100 Euler steps, of RAS, of plain Euler and
-       of interval caching. The two others get the number of steps with which they take the time of RAS or more.
+run    the tiny model at 128×128 pixels, eight seeds in one batch, guidance 1, on the CPU: latent error to 100 Heun steps, of RAS, of
+       RAS in a cache, of plain Euler, of interval caching and of a cache that continues the slope. All but RAS in a cache get the fewest
+       steps with which their whole calls take the time of RAS or more.
 mixed  one call of the same Flux of width 256 with the tokens of coarse 2 × 2 cells merged in some of its 6 blocks, against the dense call.
 mixed_error  the tiny model at 128×128, eight seeds, guidance 3, 12 steps, merged from block 2 of 9 and 20 % on, up to the last block and
        step unless the row says otherwise: ‖z − z₀‖/‖z₀‖ against the plain run by the share of fine cells; the fine ones are those with
@@ -17,9 +18,11 @@ mixed_error  the tiny model at 128×128, eight seeds, guidance 3, 12 steps, merg
 from __future__ import annotations
 
 import argparse
+import itertools
 import math
 import statistics
 import time
+from collections.abc import Sequence
 
 import torch
 import torch.nn.functional as F
@@ -28,6 +31,7 @@ from rectiflow.accel.cache.binding import attach as attach_cache
 from rectiflow.accel.cache.interval import IntervalReuse
 from rectiflow.accel.cache.policy import Limits
 from rectiflow.accel.cache.report import CacheLog
+from rectiflow.accel.cache.taylor import TaylorSeer
 from rectiflow.accel.cache.visits import CachePlan
 from rectiflow.accel.region.binding import attach
 from rectiflow.accel.region.mixed_binding import GrainLog, attach_mixed_grain
@@ -41,13 +45,14 @@ from table import write_table
 
 SEEDS = range(1, 9)
 RATIOS = (0.125, 0.25, 0.5, 0.75)
-REFERENCE_STEPS = 100
+REFERENCE_STEPS, STEPS = 100, 60
+CACHES = ((2, 8, 0), (3, 8, 0), (4, 12, 0), (8, 16, 0), (4, 12, 1))  # interval, warm-up, order
 STEP_HEADER = ["tokens", "width", "ratio", "computed", "dense_ms", "partial_ms", "of_dense"]
 MIXED_HEADER = ["tokens", "blocks", "fine_ratio", "seen", "tokens_share", "flops_share", "dense_ms", "merged_ms", "of_dense"]
 ERROR_HEADER = [
     "fine_ratio", "fine_by", "merge", "unmerge", "position", "weighted", "last_block", "until", "error", "worst", "better_than_random",
 ]  # fmt: skip
-RUN_HEADER = ["pixels", "method", "setting", "seconds", "seed", "error", "nearer_than_it"]
+RUN_HEADER = ["pixels", "batch", "method", "setting", "seconds", "seed", "error", "ras_is_nearer"]
 
 
 def wide_flux(width: int = 256):
@@ -80,12 +85,12 @@ class Stamped:
         return watched
 
 
-def guided(model, positive, negative, noise, sigmas, cfg=1.0) -> torch.Tensor:
+def guided(model, positive, negative, noise, sigmas, cfg=1.0, solver="euler") -> torch.Tensor:
     guider = CFGGuider(model)
     guider.set_conds(positive, negative)
     guider.set_cfg(cfg)
     with torch.inference_mode():
-        return guider.sample(noise, torch.zeros_like(noise), sampler_object("euler"), sigmas, disable_pbar=True, seed=0)
+        return guider.sample(noise, torch.zeros_like(noise), sampler_object(solver), sigmas, disable_pbar=True, seed=0)
 
 
 def measure_step(rounds: int) -> None:
@@ -179,87 +184,107 @@ def measure_mixed_error(steps: int = 12) -> None:
     write_table("region_mixed_error", ERROR_HEADER, rows)
 
 
-class Runs:
-    """The tiny model at one size: latents and seconds of a method for every seed."""
+def cached(model, interval: int, warmup: int, order: int = 0):
+    """A cache of the output around `model`: the last velocity again (order 0) or its slope continued, from step `warmup` on."""
+    policy = TaylorSeer(interval=interval, order=order) if order else IntervalReuse(interval=interval)
+    return attach_cache(model, CachePlan(policy, "output", Limits(warmup, 1)), CacheLog(), "bench")
 
-    def __init__(self, pixels: int):
-        self.pixels = pixels
+
+def whole_calls(steps: int, interval: int, warmup: int) -> int:
+    """Of a cache's run: the first `warmup` steps, every `interval`-th from the last of them, and the last."""
+    return sum(step < warmup or step == steps - 1 or (step - warmup + 1) % interval == 0 for step in range(steps))
+
+
+class Runs:
+    """The tiny model at one size: seeds in one batch, or one by one."""
+
+    def __init__(self, pixels: int, together: bool, seeds: Sequence[int]):
         self.model, clip, _ = NODES["RectiflowLoadTiny"]().execute()
         self.positive, self.negative = (clip.encode_from_tokens_scheduled(clip.tokenize(words)) for words in ("noto cat on blue", ""))
         empty = torch.zeros(1, 16, pixels // 4, pixels // 4)
-        self.noises = [prepare_noise(empty, seed) for seed in SEEDS]
+        noises = [prepare_noise(empty, seed) for seed in seeds]
+        self.batches = [torch.cat(noises)] if together else noises
 
-    def sample(self, model, steps: int, seed: int) -> tuple[torch.Tensor, float]:
+    def sample(
+        self, model, steps: int, batches: Sequence[torch.Tensor] | None = None, solver: str = "euler"
+    ) -> tuple[torch.Tensor, list[float]]:
+        """Latents of all seeds, and the seconds of every batch."""
         sigmas = calculate_sigmas(model.get_model_object("model_sampling"), "simple", steps)
-        start = time.process_time()
-        latent = guided(model, self.positive, self.negative, self.noises[seed], sigmas)
-        return latent, time.process_time() - start
+        latents, seconds = [], []
+        for noise in batches or self.batches:
+            start = time.process_time()
+            latents.append(guided(model, self.positive, self.negative, noise, sigmas, solver=solver))
+            seconds.append(time.process_time() - start)
+        return torch.cat(latents), seconds
 
-    def equal_steps(self, ours, others, steps: int, rounds: int) -> list[int]:
-        """Steps with which each of `others` takes the time of `ours` at `steps`, rounded up, so that it is never short of time.
-
-        Medians of interleaved rounds.
-        """
-        ratios: list[list[float]] = [[] for _ in others]
+    def worth(self, model, steps: int, rounds: int) -> float:
+        """How many Euler steps take the time of `model` at `steps`: the median of interleaved rounds over the first batch."""
+        few = steps // 2
+        found = []
         for _ in range(rounds):
-            spans = []
-            for model in (ours, *others):
-                start = time.process_time()
-                self.sample(model, steps, 0)
-                spans.append(time.process_time() - start)
-            for found, span in zip(ratios, spans[1:]):
-                found.append(spans[0] / span)
-        return [math.ceil(statistics.median(found) * steps) for found in ratios]
-
-    def regions(self, steps: int, **options):
-        return attach(self.model, RegionPlan(**options), RegionLog(), "bench")
-
-    def interval(self, interval: int, warmup: int):
-        plan = CachePlan(IntervalReuse(interval=interval), "output", Limits(warmup, 1))
-        return attach_cache(self.model, plan, CacheLog(), "bench")
+            (ours,), (plain,) = (self.sample(one, count, self.batches[:1])[1] for one, count in ((model, steps), (self.model, few)))
+            found.append(few * ours / plain)
+        return statistics.median(found)
 
 
-def measure_runs(rounds: int, sizes: list[int], steps: int, ratio: float, start: int, order: int) -> None:
+def measure_runs(rounds: int, pixels: int, together: bool, seeds: Sequence[int]) -> list[list]:
+    runs = Runs(pixels, together, seeds)
+    tokens = (pixels // 8) ** 2
+    reference, _ = runs.sample(runs.model, REFERENCE_STEPS, solver="heun")
+
+    def regions(ratio: float, slope: int):
+        """`slope` tokens of 256 more are left out every eight steps."""
+        plan = RegionPlan(
+            ratio=ratio, start=6, resets=(), metric="change", starvation=0.0, slope=tokens * slope // 256, period=8, overlay=False
+        )  # fmt: skip
+        return attach(runs.model, plan, RegionLog(), "bench")
+
+    ours = regions(0.25, 20)
+    both = cached(regions(0.45, 16), 2, 16)
+    worth = runs.worth(ours, STEPS, rounds)
+    print(f"{pixels} pixels: {STEPS} steps of RAS take the time of {worth:.1f} Euler steps")
+    methods = {
+        "RAS": (ours, STEPS, f"{STEPS} steps, ratio 0.25 from 6"),
+        "RAS in a cache": (both, STEPS, f"{STEPS} steps, ratio 0.45 from 6, every 2 from 16"),
+        "Euler": (runs.model, math.ceil(worth), f"{math.ceil(worth)} steps"),
+    }
+    for interval, warmup, order in CACHES:
+        steps = next(count for count in itertools.count(1) if whole_calls(count, interval, warmup) >= worth)
+        name = f"forecast cache, every {interval}" if order else f"interval cache, every {interval}"
+        methods[name] = (cached(runs.model, interval, warmup, order), steps, f"{steps} steps, from {warmup}, order {order}")
+    spans: dict[str, list[float]] = {name: [] for name in methods}
+    errors: dict[str, list[float]] = {}
+    for _ in range(rounds):
+        for name, (model, steps, _) in methods.items():
+            latents, seconds = runs.sample(model, steps)
+            spans[name].append(statistics.mean(seconds))
+            errors[name] = ((latents - reference).flatten(1).norm(dim=1) / reference.flatten(1).norm(dim=1)).tolist()
     rows = []
-    for pixels in sizes:
-        runs = Runs(pixels)
-        references = [runs.sample(runs.model, REFERENCE_STEPS, place)[0] for place in range(len(SEEDS))]
-        resets = (start + (steps - start) // 3, start + 2 * (steps - start) // 3)
-        ours = runs.regions(steps, ratio=ratio, start=start, resets=resets, focus="high_std", starvation=1.0, order=order, overlay=False)
-        every_second = runs.interval(2, start)
-        euler, cached = runs.equal_steps(ours, (runs.model, every_second), steps, rounds)
-        methods = {
-            "RAS": (ours, steps, f"{steps} steps, ratio {ratio:g} from {start}, order {order}"),
-            "Euler": (runs.model, euler, f"{euler} steps"),
-            "interval cache": (every_second, cached, f"{cached} steps, every 2 from {start}"),
-        }
-        errors: dict[str, list[float]] = {}
-        for method, (model, count, setting) in methods.items():
-            for place, seed in enumerate(SEEDS):
-                latent, seconds = runs.sample(model, count, place)
-                error = float((latent - references[place]).norm() / references[place].norm())
-                errors.setdefault(method, []).append(error)
-                nearer = errors["RAS"][place] < error if method != "RAS" else ""
-                rows.append([pixels, method, setting, f"{seconds:.3f}", seed, f"{error:.4f}", nearer])
-        wins = {method: sum(a < b for a, b in zip(errors["RAS"], found)) for method, found in errors.items() if method != "RAS"}
-        print(f"{pixels} pixels: RAS nearer on " + ", ".join(f"{count} of {len(SEEDS)} seeds than {name}" for name, count in wins.items()))
-    write_table("region_run", RUN_HEADER, rows)
+    for name, (_, _, setting) in methods.items():
+        nearer = [mine < other for mine, other in zip(errors["RAS"], errors[name])]
+        if name != "RAS":
+            print(f"RAS is nearer than {name} on {sum(nearer)} of {len(nearer)} seeds")
+        for seed, error, won in zip(seeds, errors[name], nearer):
+            batch = len(seeds) if together else 1
+            seconds = f"{statistics.median(spans[name]):.2f}"
+            rows.append([pixels, batch, name, setting, seconds, seed, f"{error:.4f}", "" if name == "RAS" else won])
+    return rows
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("what", nargs="*", default=["step", "run", "mixed", "mixed_error"], help="step, run, mixed, mixed_error; else all")
     parser.add_argument("--rounds", type=int, default=5, help="measurements a figure; medians are printed")
-    parser.add_argument("--sizes", type=int, nargs="+", default=[128], help="pixels of a side")
-    parser.add_argument("--steps", type=int, default=40)
-    parser.add_argument("--ratio", type=float, default=0.25)
-    parser.add_argument("--start", type=int, default=8)
-    parser.add_argument("--order", type=int, default=0)
+    parser.add_argument("--pixels", type=int, nargs="*", default=[128], help="of a side: the seeds of each size in one batch")
+    parser.add_argument("--alone", type=int, nargs="*", default=[], help="pixels of a side: the seeds of each size one by one")
+    parser.add_argument("--seeds", type=int, nargs="+", default=list(SEEDS), help="settings were chosen on 101 to 104")
     arguments = parser.parse_args()
     if "step" in arguments.what:
         measure_step(arguments.rounds)
     if "run" in arguments.what:
-        measure_runs(arguments.rounds, arguments.sizes, arguments.steps, arguments.ratio, arguments.start, arguments.order)
+        cases = [(pixels, True) for pixels in arguments.pixels] + [(pixels, False) for pixels in arguments.alone]
+        rows = [row for pixels, together in cases for row in measure_runs(arguments.rounds, pixels, together, arguments.seeds)]
+        write_table("region_run", RUN_HEADER, rows)
     if "mixed" in arguments.what:
         measure_mixed(arguments.rounds)
     if "mixed_error" in arguments.what:

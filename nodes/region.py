@@ -30,7 +30,10 @@ class RectiflowRegionAdaptiveSampling(Node):
         integer("start_step", 4, 0, 1000, "Steps before this one compute everything; below 3 the layout changes."),
         integer("end_step", 1000, 0, 1000, "From this step on everything is computed again."),
         text("reset_steps", "12, 22", "Steps that compute everything in between, so that errors do not pile up."),
-        choice("metric", ("std", "l2norm", "random"), "What tokens are ranked by: deviation or length of their velocity."),
+        choice("metric", ("std", "l2norm", "random", "change"),
+            "What tokens are ranked by: deviation or length of their velocity, or, change, how far it should have moved by now; focus "
+            "is not asked then, starvation 0 and no resets are best.",
+        ),
         choice("focus", ("low_std", "high_std", "reference"),
             "Which end is computed: low_std is the main subject, as the paper observes; reference is the published code's rule.",
         ),

@@ -36,7 +36,8 @@ class RegionPlan:
     there.
 
     slope, period: see schedule.py. order: of the forecast of tokens left out, 0 repeats, 1 continues the slope, 2 the curvature, in sigma.
-    cell: side of the squares of tokens that are chosen together. always: MASK, 1 where tokens are computed at every step.
+    focus: which end of the metric is computed; `change` has one. cell: side of the squares of tokens that are chosen together.
+    always: MASK, 1 where tokens are computed at every step.
     """
 
     ratio: float = 0.5
@@ -54,6 +55,11 @@ class RegionPlan:
     kv: KVOptions = field(default_factory=KVOptions)
     always: torch.Tensor | None = field(default=None, compare=False, repr=False)
     overlay: bool = True
+
+    @property
+    def rule(self) -> str:
+        """The focus that acts: of metric `change` the tokens of most change are computed, whatever focus says."""
+        return "high_std" if self.metric == "change" else self.focus
 
     def check(self, where: str) -> None:
         """Raises: NodeInputError naming what does not fit."""
@@ -74,14 +80,15 @@ class RegionPlan:
         if self.slope and not self.period:
             remedy = "Set ratio_period, the steps after which it acts."
             raise input_error(where, "ratio_slope", self.slope, "0 while ratio_period is 0", remedy)
-        if self.focus == "reference" and self.cell > 1:
+        if self.rule == "reference" and self.cell > 1:
             remedy = "Choose focus low_std or high_std for squares of tokens."
             raise input_error(where, "cell", self.cell, "1 with focus reference", remedy)
 
     def line(self) -> str:
         focus = f"{self.focus} (high {self.high_ratio:g})" if self.focus == "reference" else self.focus
         resets = ", ".join(map(str, self.resets)) or "none"
-        parts = [f"RAS {self.ratio:g} from step {self.start}", f"resets {resets}", f"{self.metric} {focus}"]
+        ranked = "change" if self.metric == "change" else f"{self.metric} {focus}"
+        parts = [f"RAS {self.ratio:g} from step {self.start}", f"resets {resets}", ranked]
         parts.append(f"starvation {self.starvation:g}")
         if self.period:
             parts.append(f"slope {self.slope} every {self.period}")

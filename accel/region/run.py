@@ -21,6 +21,7 @@ import torch
 
 from ...families.tokens import TokenSpec
 from ..cache.clock import StepClock
+from .drift import Drift
 from .grid import TokenGrid
 from .history import VelocityHistory
 from .hooks import PartialCall, Unfit
@@ -67,6 +68,7 @@ class RegionRun:
         self.index: torch.Tensor | None = None  # (b, a) of this step
         self.active: torch.Tensor | None = None  # (b, n), the same as a mask
         self.metric: torch.Tensor | None = None
+        self.drift = Drift(self.grid) if plan.metric == "change" else None
         self.left = torch.zeros(self.batch, self.grid.count)
         self.inside = self.visiting = False
         self._served = self._went_dense = False
@@ -114,7 +116,7 @@ class RegionRun:
         count = self.drops[step] if step < len(self.drops) else 0
         self.phase, self.reason = self._phase(step, count)
         if self.phase == "active":
-            self._choose(count)
+            self._choose(count, sigma)
 
     def _step_of(self, u: float) -> int:
         """The step an evaluation at u belongs to. Solvers that evaluate each sigma twice (Heun) start a step with the second one."""
@@ -135,19 +137,19 @@ class RegionRun:
             return "dense", "start" if step < self.plan.start else "end" if step >= self.plan.end else "ratio 1"
         if self._owed_reset:
             return "dense", "reset of a skipped step"
-        if self.metric is None or not self.history:
+        if (self.metric if self.drift is None else self.drift.rate) is None or not self.history:
             return "dense", "no history"
         return "active", "part"
 
-    def _choose(self, count: int) -> None:
-        m = self.metric
+    def _choose(self, count: int, sigma: float) -> None:
+        m = self.metric if self.drift is None else self.drift.expected(sigma)
         if self.plan.metric == "random":
             m = focus_metric(m, self.grid, "random", self.seed + self.step)
         self.left = self.left.to(m.device)
-        score = scores(m, self.left, self.plan.focus, self.plan.starvation)
+        score = scores(m, self.left, self.plan.rule, self.plan.starvation)
         score = self.grid.mean_of_cells(score, self.plan.cell)
         masks = (None if mask is None else mask.to(m.device) for mask in (self.always, self.never))
-        self.index = choose(score, count, self.plan.focus, self.plan.high_ratio, *masks)
+        self.index = choose(score, count, self.plan.rule, self.plan.high_ratio, *masks)
         self.active = torch.zeros_like(score, dtype=torch.bool).scatter_(1, self.index, True)
 
     def finish(self, x: torch.Tensor, denoised: torch.Tensor, sigma: float) -> None:
@@ -166,7 +168,10 @@ class RegionRun:
         self.record.visits.append(RegionVisit(self.step, sigma, "active" if partial else "dense", tokens, reason, seconds))
         if self.enabled and sigma != 0.0:
             v = (x.float() - denoised.float()) / sigma
-            self.metric = v if self.plan.metric == "random" else focus_metric(v, self.grid, self.plan.metric)
+            if self.drift is not None:
+                self.drift.update(v, sigma, self.active if partial else None)
+            else:
+                self.metric = v if self.plan.metric == "random" else focus_metric(v, self.grid, self.plan.metric)
         if partial and not self._counted:
             self._counted = True
             self.left = self.left + (~self.active).float()
@@ -240,7 +245,7 @@ class RegionRun:
             record.kv_bytes = self.store.peak
             self.store.drop()
         self.history.clear()
-        self.index = self.active = self.metric = None
+        self.index = self.active = self.metric = self.drift = None
         if finished and not record.masks and self.plan.ratio < 1.0:
             record.note("no gain: no step left tokens out; start later steps in part, or use more steps")
         return record

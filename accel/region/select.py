@@ -2,7 +2,7 @@
 
 "Region-Adaptive Sampling for Diffusion Transformers", arXiv 2502.10389. With the guided velocity v̂ of the last step (b, c, cells):
 
-    m = mean over a token's cells of std_c(v̂)       (unbiased)      or of ‖v̂‖_c
+    m = mean over a token's cells of std_c(v̂)       (unbiased)      or of ‖v̂‖_c     or, ours, of its expected change (drift.py)
     R = m·exp(k·D)                                   eq. 1; D counts how often a token was left out
 
 `reference` is the published code: of n_skip tokens to leave out, floor(n_skip·(1 − h)) with the lowest R and floor(n_skip·h) with the
@@ -19,13 +19,13 @@ from .grid import TokenGrid
 
 __all__ = ["FOCUSES", "METRICS", "choose", "focus_metric", "left_out", "scores"]
 
-METRICS = ("std", "l2norm", "random")
+METRICS = ("std", "l2norm", "random", "change")
 FOCUSES = ("low_std", "high_std", "reference")
 _TINY = 1e-12
 
 
 def focus_metric(v: torch.Tensor, grid: TokenGrid, metric: str, seed: int = 0) -> torch.Tensor:
-    """m (b, n) of a velocity (b, c, *shape). random: uniform, drawn on the CPU from `seed`."""
+    """m (b, n) of a velocity (b, c, *shape). random: uniform, drawn on the CPU from `seed`. `change` has a class of its own, Drift."""
     if metric == "random":
         drawn = torch.rand(v.shape[0], grid.count, generator=torch.Generator().manual_seed(seed))
         return drawn.to(v.device)

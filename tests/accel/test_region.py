@@ -237,11 +237,29 @@ def test_squares_of_tokens_are_chosen_together(toys):
 
 
 @pytest.mark.parametrize("focus", ["low_std", "high_std", "reference"])
-@pytest.mark.parametrize("metric", ["std", "l2norm", "random"])
+@pytest.mark.parametrize("metric", ["std", "l2norm", "random", "change"])
 def test_every_metric_and_focus_runs(toys, focus, metric):
     model, log = with_ras(toys["flux"], focus=focus, metric=metric, high_ratio=0.3)
     first = sample(model, noise(2))
     assert torch.equal(sample(model, noise(2)), first) and phases(log) == "ddaaaaaa"
+
+
+@pytest.mark.parametrize("focus", ["low_std", "high_std", "reference"])
+def test_change_computes_the_tokens_that_move_whatever_focus_says(toys, focus):
+    """The network's answer is replaced: the velocity moves in three tokens a picture, others in each, and stays elsewhere."""
+    moving = torch.zeros(2, 12, dtype=torch.bool)
+    moving[0, [1, 6, 11]] = moving[1, [0, 5, 7]] = True
+    slope = moving.reshape(2, 1, 3, 4).repeat_interleave(2, 2).repeat_interleave(2, 3).float()
+
+    def moved(executor, x, t, *args, **kwargs):
+        executor(x, t, *args, **kwargs)
+        return x - t.square().reshape(-1, 1, 1, 1) * slope.repeat(x.shape[0] // 2, 1, 1, 1)
+
+    model, log = with_ras(toys["flux"].clone(), ratio=0.25, metric="change", focus=focus, starvation=0.0)
+    model.add_wrapper_with_key("apply_model", "moved", moved)
+    sample(model, noise(2))
+    assert len(log.last.masks) == 6 and all(torch.equal(mask, moving) for _, mask in log.last.masks)
+    assert "change, starvation" in log.last.text()
 
 
 # The velocity of tokens left out ---------------------------------------------------------------------------------------------
@@ -403,3 +421,18 @@ def test_more_tokens_and_more_resets_mean_less_error(tiny):
     errors = [error(ratio=ratio) for ratio in (0.125, 0.25, 0.5, 0.75, 1.0)]
     assert errors[-1] == 0.0 and errors == sorted(errors, reverse=True), errors
     assert error(ratio=0.25, resets=(5,)) <= errors[1]
+
+
+def test_change_finds_tokens_that_std_does_not(tiny):
+    """The same tokens a step, whatever turns std takes: four seeds, error to the dense run, each of them."""
+    x = tiny.noise(range(1, 5))
+    prompts = [PROMPT] * 4
+    dense = tiny.sample(prompts, x, steps=20, cfg=1.0)
+
+    def errors(**changed) -> torch.Tensor:
+        model, _ = with_ras(tiny.model, start=4, ratio=0.25, **changed)
+        return (tiny.sample(prompts, x, steps=20, cfg=1.0, model=model) - dense).flatten(1).norm(dim=1)
+
+    ours = errors(metric="change", starvation=0.0)
+    for focus in ("low_std", "high_std"):
+        assert (ours < errors(metric="std", focus=focus, starvation=1.0)).all()

@@ -7,6 +7,7 @@ import math
 
 import pytest
 import torch
+from rectiflow.accel.region.drift import Drift
 from rectiflow.accel.region.grid import TokenGrid
 from rectiflow.accel.region.history import VelocityHistory
 from rectiflow.accel.region.plan import RegionPlan
@@ -121,6 +122,39 @@ def test_masks_force_tokens_in_and_out():
         assert (chosen & always).sum() == always.sum() and not (chosen & never).any() and index.shape[1] >= 10
         assert (index[:, 1:] > index[:, :-1]).all()
     assert choose(score, 20, "low_std", 1.0, torch.ones(2, 40, dtype=torch.bool)).shape == (2, 40)
+
+
+def test_expected_change_is_the_rate_of_the_last_two_computed_velocities_by_what_has_passed():
+    grid, drift = TokenGrid.of((2, 4), (2, 2), "test"), None
+    first, second = torch.zeros(1, 3, 2, 4), torch.zeros(1, 3, 2, 4)
+    second[..., 2:] = 0.1  # each cell of the second token moves by 0.1·√3 over 0.2 of sigma
+    drift = Drift(grid)
+    drift.update(first, 0.9, None)
+    assert drift.rate is None
+    drift.update(second, 0.7, None)
+    rate = 0.1 * math.sqrt(3) / 0.2
+    torch.testing.assert_close(drift.expected(0.6), torch.tensor([[0.0, 0.1 * rate]]))
+    drift.update(second + 7.0, 0.7, None)  # a second evaluation at one sigma
+    torch.testing.assert_close(drift.expected(0.6), torch.tensor([[0.0, 0.1 * rate]]))
+    drift.update(second + 8.0, 0.6, torch.tensor([[True, False]]))
+    torch.testing.assert_close(drift.expected(0.4), torch.tensor([[0.2 * math.sqrt(3) / 0.1, 0.3 * rate]]))
+
+
+def test_tokens_take_turns_by_how_fast_they_move():
+    """Rates 1 to 4 that stay: a token is computed as often as its rate says, and none waits for ever."""
+    grid = TokenGrid.of((1, 40), (1, 1), "test")
+    rates = torch.tensor([1.0, 2.0, 3.0, 4.0]).repeat(10)
+    drift, computed, counts = Drift(grid), None, torch.zeros(40)
+    for step in range(502):
+        sigma = 1.0 - step / 600
+        drift.update((rates * sigma)[None, None, None], sigma, computed)
+        if step:
+            index = choose(scores(drift.expected(sigma - 1 / 600), torch.zeros(1, 40), "high_std", 0.0), 38, "high_std")
+            computed = torch.zeros(1, 40, dtype=torch.bool).scatter_(1, index, True)
+            counts += computed[0]
+    by_rate = counts.reshape(10, 4).sum(dim=0)
+    torch.testing.assert_close(by_rate / by_rate.sum(), rates[:4] / 10, atol=0, rtol=0.05)
+    assert counts.min() > 5
 
 
 # Grid ------------------------------------------------------------------------------------------------------------------------
