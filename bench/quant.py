@@ -1,11 +1,13 @@
-"""How near few bits come: `python bench/quant.py [--part weights codes rotation model] [--seeds 10]`.
+"""How near few bits come: `python bench/quant.py [--part weights codes rotation model seeds lora]`.
 
     quant_weights    SQNR in dB of weights by quantiser, at equal bits with every scale counted: a normal law, one with long tails, one with
                      one weight in a thousand ten times as large, and layers of the tiny model
     quant_core_codes codes of our int8 export beside comfy-kitchen's
     quant_rotation   what rotations leave of an unquantised layer's output, and what they gain at 8 bits with four outlier channels
     quant_model      the tiny model in few bits: velocity SQNR over a schedule, bytes, and the final latent's distance
-    quant_seeds      twin-log against uniform at equal bytes, seed by seed
+    quant_layers     its layers at W8A8: errors of weight and output, share of the velocity's error, what is kept
+    quant_seeds      twin-log against uniform at equal bytes, seed by seed, for several draws of the rotations' signs
+    quant_lora       how a LoRA changes a layer in few bits, by policy and by its size
 
 Peers are used where they are installed: `pip install comfy-kitchen==0.2.40 torchao==0.18.0 gguf==0.19.0 bitsandbytes==0.50.2`.
 """
@@ -21,11 +23,14 @@ import torch
 from quant_formats import others
 from rectiflow import NODE_CLASS_MAPPINGS as NODES
 from rectiflow.accel.quant.attach import quantised_parts
+from rectiflow.accel.quant.compare import recording_sampler, replaying_sampler
 from rectiflow.accel.quant.error import sqnr
+from rectiflow.accel.quant.recipe import QuantScheme, quantised_layer
 from rectiflow.accel.quant.rotation import block_hadamard, convrot, dual_rotation, hadamard, no_rotation
 from rectiflow.accel.quant.stored import store
 from rectiflow.accel.quant.twin_log import reference_quantised
 from rectiflow.accel.quant.uniform import clipped_grid, int8_rows, int_tokens, min_max_grid
+from rectiflow.host import KSAMPLER, sample_custom
 from rectiflow.host.embedded import HostSettings, make_host, use_host
 from rectiflow.tests.contract.tiny_runs import TinyRuns
 from rectiflow.tiny.weights import load_weights
@@ -38,7 +43,10 @@ LAYERS = (
 SIGMA = 0.02
 PROMPTS = ("noto cat on white", "twemoji rocket on black")
 STEPS, CFG = 10, 3.0
-PARTS = ("weights", "codes", "rotation", "model")
+PARTS = ("weights", "codes", "rotation", "model", "seeds", "lora")
+PROBED = range(20, 24)  # seeds of the velocity's error
+TARGETS = (35.0, 36.0)  # dB of Keep Sensitive Layers
+LORA_SIZES, LORA_RANK = (0.05, 0.1, 0.2, 0.4), 4
 SETTINGS = (  # bits of weights and activations, method, group
     ("8", "8", "tlq", "32"), ("6", "8", "tlq", "32"), ("4", "8", "tlq", "16"), ("4", "8", "tlq", "32"), ("4", "8", "uniform", "32"),
     ("3", "8", "tlq", "32"), ("3", "8", "uniform", "32"), ("4", "4", "tlq", "32"), ("3", "4", "tlq", "32"),
@@ -154,53 +162,153 @@ def rotation_part() -> None:
     write_table("quant_rotation", ["channels", "rotation", "unquantised_difference", "w8a8_output_sqnr_db"], rows)
 
 
-def model_part(seeds: int) -> None:
-    root = Path(tempfile.mkdtemp())
-    host = make_host(root, settings=HostSettings(device="cpu", dtype="fp32"))
-    with use_host(host), torch.inference_mode():
-        runs = TinyRuns(host)
-        noise, prompts = runs.noise(range(seeds)), [PROMPTS[i % 2] for i in range(seeds)]
+class Tiny:
+    """The tiny model on a host of its own: quantised, measured in velocity over whole runs, and sampled."""
 
-        def latent(model) -> torch.Tensor:
-            return runs.sample(prompts, noise, model=model, steps=STEPS, cfg=CFG)
-
+    def __init__(self, host):
+        self.runs = TinyRuns(host)
         sigmas = torch.linspace(1, 0, STEPS + 1)
-        shown = {"positive": runs.conditioning(PROMPTS[0]), "latent_image": {"samples": torch.zeros(1, 16, 16, 16)}, "sigmas": sigmas}
-        stats = NODES["RectiflowQuantCalibrate"]().execute(
-            model=runs.model, seed=99, num_runs=1, layers="", negative=runs.conditioning(""), cfg=CFG, **shown
-        )[0]
-        exact, rows, kept = latent(runs.model), [], {}
-        for weight_bits, act_bits, method, group in SETTINGS:
-            model = NODES["RectiflowQuantize"]().execute(
-                model=runs.model, stats=stats, **{**QUANTIZE, "weight_bits": weight_bits, "act_bits": act_bits, "method": method,
-                                                  "group_size": group},
-            )[0]  # fmt: skip
-            _, _, decibels = NODES["RectiflowQuantReport"]().execute(
-                reference=runs.model, model=model, negative=runs.conditioning(""), cfg=CFG, seed=3, **shown
-            )
-            found = latent(model)
-            errors = ((found - exact).flatten(1).norm(dim=1) / exact.flatten(1).norm(dim=1)).tolist()
-            kept[weight_bits, act_bits, method, group] = errors
-            parts = quantised_parts(model).values()
-            stored, count = sum(part.nbytes for part in parts), sum(part.in_features * part.out_features for part in parts)
-            rows.append([
-                f"W{weight_bits}A{act_bits}", method, group, f"{8 * stored / count:.2f}", model.model_size(), f"{decibels:.1f}",
-                f"{sum(errors) / len(errors):.4f}",
-            ])  # fmt: skip
-        rows.insert(0, ["fp32", "", "", "32.00", runs.model.model_size(), "", "0"])
-    header = ["model", "method", "group", "bits_per_weight", "bytes", "velocity_sqnr_db", f"latent_error_mean_of_{seeds}"]
-    write_table("quant_model", header, rows)
-    pairs = []
+        self.shown = {
+            "positive": self.runs.conditioning(PROMPTS[0]), "negative": self.runs.conditioning(""), "sigmas": sigmas, "cfg": CFG,
+            "latent_image": {"samples": torch.zeros(1, 16, 16, 16)},
+        }  # fmt: skip
+        self.stats = NODES["RectiflowQuantCalibrate"]().execute(model=self.runs.model, seed=99, num_runs=1, layers="", **self.shown)[0]
+        self.visited = {(cfg, prompt): self._run(cfg, prompt) for cfg in (CFG, 1.0) for prompt in PROMPTS}
+
+    def quantised(self, weight_bits: str, act_bits: str, method: str, group: str, **changed):
+        """(MODEL, report)."""
+        given = {**QUANTIZE, "weight_bits": weight_bits, "act_bits": act_bits, "method": method, "group_size": group, **changed}
+        return NODES["RectiflowQuantize"]().execute(model=self.runs.model, stats=self.stats, **given)
+
+    def _sampled(self, model, sampler, cfg: float, prompt: str) -> None:
+        noise = self.runs.noise(PROBED)
+        positive, negative = (self.runs.conditioning([text] * len(noise)) for text in (prompt, ""))
+        empty, sigmas = torch.zeros_like(noise), self.shown["sigmas"]
+        sample_custom(model, noise, cfg, KSAMPLER(sampler), sigmas, positive, negative, empty, disable_pbar=True, seed=0)
+
+    def _run(self, cfg: float, prompt: str) -> list:
+        visited: list = []
+        self._sampled(self.runs.model, recording_sampler(visited), cfg, prompt)
+        return visited
+
+    def velocity(self, model, cfg: float) -> float:
+        """Mean SQNR in dB over the steps of PROBED seeds of each prompt, none of which calibrated anything."""
+        found: list = []
+        for prompt in PROMPTS:
+            self._sampled(model, replaying_sampler(self.visited[cfg, prompt], found), cfg, prompt)
+        return sum(value for _, value in found) / len(found)
+
+    def latent(self, model, seeds: int) -> torch.Tensor:
+        prompts = [PROMPTS[i % 2] for i in range(seeds)]
+        return self.runs.sample(prompts, self.runs.noise(range(seeds)), model=model, steps=STEPS, cfg=CFG)
+
+    def distances(self, model, exact: torch.Tensor) -> list[float]:
+        """Of each seed's final latent, relative to the fp32 model's."""
+        found = self.latent(model, len(exact))
+        return ((found - exact).flatten(1).norm(dim=1) / exact.flatten(1).norm(dim=1)).tolist()
+
+
+def model_part(tiny: Tiny, seeds: int) -> None:
+    exact, rows = tiny.latent(tiny.runs.model, seeds), [["fp32", "", "", "32.00", tiny.runs.model.model_size(), "", "", "0"]]
+
+    def measured(name: str, model, method: str, group: str) -> None:
+        parts = quantised_parts(model).values()
+        stored, count = sum(part.nbytes for part in parts), sum(part.in_features * part.out_features for part in parts)
+        errors = tiny.distances(model, exact)
+        guided, single = (f"{tiny.velocity(model, cfg):.1f}" for cfg in (CFG, 1.0))
+        rows.append([name, method, group, f"{8 * stored / count:.2f}", model.model_size(), guided, single, f"{sum(errors) / seeds:.4f}"])
+
+    for weight_bits, act_bits, method, group in SETTINGS:
+        model, report = tiny.quantised(weight_bits, act_bits, method, group)
+        name = f"W{weight_bits}A{act_bits}"
+        measured(name, model, method, group)
+        if name == "W8A8":
+            for target in TARGETS:
+                kept, shares, _ = NODES["RectiflowKeepSensitiveLayers"]().execute(
+                    reference=tiny.runs.model, model=model, seed=98, target_db=target, **tiny.shown
+                )
+                count = sum(part.act_bits == 16 for part in quantised_parts(kept).values())
+                measured(f"W8A8, {count} of {len(quantised_parts(kept))} layers kept", kept, method, group)
+            measured("W8A16", tiny.quantised("8", "16", method, group)[0], method, group)
+            _layers(report, shares)
+    header = ["model", "method", "group", "bits_per_weight", "bytes", f"velocity_sqnr_db_cfg_{CFG:g}", "velocity_sqnr_db_cfg_1"]
+    write_table("quant_model", [*header, f"latent_error_mean_of_{seeds}"], rows)
+
+
+def _layers(report: str, shares: str) -> None:
+    """W8A8 layer by layer: the errors of weight and output that Quantize tells, and the share of the velocity's error."""
+
+    def cells(text: str) -> dict[str, list[str]]:
+        lines = [line.strip("|").split("|") for line in text.splitlines() if line.count("|") > 3]
+        return {name.strip(): [cell.strip() for cell in rest] for name, *rest in lines[2:]}
+
+    told = cells(report)
+    rows = [[name, told[name][0], *told[name][4:6], *found] for name, found in cells(shares).items()]
+    write_table("quant_layers", ["layer", "rotation", "weight_db", "output_db", "share_of_velocity_error_db", "activations"], rows)
+
+
+def seeds_part(tiny: Tiny, seeds: int, draws: int) -> None:
+    """Twin-log and uniform with everything else alike, seed by seed, for several draws of the rotations' signs."""
+    exact, rows = tiny.latent(tiny.runs.model, seeds), []
     for bits in ("4", "3"):
-        tlq, uniform = kept[bits, "8", "tlq", "32"], kept[bits, "8", "uniform", "32"]
-        pairs += [[f"W{bits}A8", seed, f"{a:.4f}", f"{b:.4f}", int(a < b)] for seed, (a, b) in enumerate(zip(tlq, uniform))]
-    write_table("quant_seeds", ["model", "seed", "tlq_latent_error", "uniform_latent_error", "tlq_is_nearer"], pairs)
+        found = {method: [] for method in ("tlq", "uniform")}
+        size = {}
+        for draw in range(draws):
+            for method, errors in found.items():
+                model, _ = tiny.quantised(bits, "8", method, "32", rotation="hadamard", seed=draw)
+                errors.append(tiny.distances(model, exact))
+                size[method] = model.model_size()
+        pairs = {method: torch.tensor(errors) for method, errors in found.items()}  # (draws, seeds)
+        for seed in range(seeds):
+            ours, theirs = (pairs[method][:, seed] for method in ("tlq", "uniform"))
+            mean = [f"{float(errors.mean()):.4f}" for errors in (ours, theirs)]
+            first = [f"{float(errors[0]):.4f}" for errors in (ours, theirs)]
+            nearer = f"{int((ours < theirs).sum())}/{draws}"
+            rows.append([f"W{bits}A8", seed, *first, *mean, nearer, int(ours.mean() < theirs.mean()), size["tlq"], size["uniform"]])
+    header = ["model", "seed", "tlq_first_draw", "uniform_first_draw", f"tlq_mean_of_{draws}", f"uniform_mean_of_{draws}"]
+    write_table("quant_seeds", [*header, "draws_where_tlq_is_nearer", "tlq_mean_is_nearer", "tlq_bytes", "uniform_bytes"], rows)
+
+
+def lora_part(tiny: Tiny) -> None:
+    """Cosine of a LoRA's change of a layer's output in few bits to that of the layer in fp32, on rows of the calibration, by its size."""
+    rows, trained = [], load_weights().transformer
+    for bits in (8, 4, 3):
+        for size in LORA_SIZES:
+            cosines: dict[str, list[float]] = {"before": [], "bypass": [], "requant": []}
+            for place, name in enumerate(LAYERS):
+                weight, inputs = trained[f"{name}.weight"].float(), tiny.stats.layers[name]
+                drawn = (torch.randn(*shape, generator=torch.Generator().manual_seed(place)) for shape in _factors(weight))
+                added = next(drawn) @ next(drawn)
+                added *= size * weight.norm() / added.norm()
+                for policy, found in cosines.items():
+                    moved = _moved(weight, added, bits, policy, inputs)
+                    found.append(float(torch.nn.functional.cosine_similarity(moved, (inputs.sample @ added.t()).flatten(), dim=0)))
+            for policy, found in cosines.items():
+                rows.append([f"W{bits}A8", size, policy, f"{sum(found) / len(found):.3f}", f"{min(found):.3f}"])
+    write_table("quant_lora", ["model", "lora_over_weight", "policy", "cosine_mean", "cosine_lowest"], rows)
+
+
+def _factors(weight: torch.Tensor) -> tuple[tuple[int, int], tuple[int, int]]:
+    return (weight.shape[0], LORA_RANK), (LORA_RANK, weight.shape[1])
+
+
+def _moved(weight: torch.Tensor, added: torch.Tensor, bits: int, policy: str, inputs) -> torch.Tensor:
+    """How the output of the layer in few bits changes when the LoRA is put on it."""
+    scheme = QuantScheme(bits, 8, 32, rotation="hadamard", lora="requant" if policy == "requant" else "bypass")
+    layer = quantised_layer(weight, None, scheme, inputs)
+    plain = layer(inputs.sample)
+    if policy == "before":
+        layer = quantised_layer(weight + added, None, scheme, inputs)
+    else:
+        layer.set_weight(layer.numbers() + added, seed=11)
+    return (layer(inputs.sample) - plain).flatten()
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--part", nargs="+", choices=PARTS, default=PARTS)
     parser.add_argument("--seeds", type=int, default=10)
+    parser.add_argument("--draws", type=int, default=8)
     given = parser.parse_args()
     if "weights" in given.part:
         weights_part()
@@ -208,8 +316,18 @@ def main() -> None:
         codes_part()
     if "rotation" in given.part:
         rotation_part()
-    if "model" in given.part:
-        model_part(given.seeds)
+    if not {"model", "seeds", "lora"} & set(given.part):
+        return
+    host = make_host(Path(tempfile.mkdtemp()), settings=HostSettings(device="cpu", dtype="fp32"))
+    with use_host(host), torch.inference_mode():
+        tiny = Tiny(host)
+        if "model" in given.part:
+            model_part(tiny, given.seeds)
+        if "seeds" in given.part:
+            seeds_part(tiny, given.seeds, given.draws)
+        if "lora" in given.part:
+            with torch.inference_mode(False), torch.no_grad():
+                lora_part(tiny)
 
 
 if __name__ == "__main__":

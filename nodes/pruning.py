@@ -155,7 +155,7 @@ class RectiflowRecoverPruned(Node):
         if pairs is None:
             pool = calibration(teacher, positive, latent, seed=seed, **shown)
         else:
-            pool = Calibration.from_pairs(positive, shown.get("negative"), pairs, self.TITLE, seed)
+            pool = Calibration.from_pairs(teacher, positive, shown.get("negative"), pairs, self.TITLE, seed)
         done = recover(student, teacher, settings, pool, run_folder(name, self.TITLE), host_services())
         return (done.model, done.lora, {"loss": done.losses}, json.dumps(done.report, indent=1), done.picture)
 

@@ -75,7 +75,7 @@ class RectiflowQuantize(Node):
         text("include", "", "Regular expression: only layers whose names it finds."),
         text("exclude", "", "Regular expression: layers to leave alone.", advanced=True),
         choice("lora", ("before", "bypass", "requant"), "LoRAs. before: those linked here go into the codes. bypass: all stay beside them, "
-            "exact. requant: all are rounded into the codes.",
+            "exact. requant: all are rounded into the codes, at 4 bits with much noise.", default="bypass",
         ),
         seed_input("Of the rotations' random signs."),
         socket("stats", "QUANT_STATS", "From Quant Calibrate.", optional=True),
@@ -162,3 +162,56 @@ class RectiflowQuantReport(Node):
         chart = Chart("Velocity error of the changed model", "sigma", "SQNR in dB")
         plot = line_chart([Series("velocity", tuple(found))], chart)
         return (velocity_table(found, distance), plot, sum(value for _, value in found) / len(found))
+
+
+class RectiflowKeepSensitiveLayers(Node):
+    """Finds the layers whose rounded activations change the velocity most, and lets as few as needed compute without rounding."""
+
+    TITLE = "Keep Sensitive Layers"
+    GROUP = GROUP
+    SEARCH_ALIASES = ["mixed precision", "sensitive layers", "quantization error", "act_bits", "quality"]
+    INPUTS = (
+        socket("reference", "MODEL", "The model before Quantize."),
+        socket("model", "MODEL", "The quantised model."),
+        socket("positive", "CONDITIONING", "A prompt of the kind the model will be used with."),
+        socket("negative", "CONDITIONING", "The negative prompt; asked only where cfg is not 1."),
+        socket("latent_image", "LATENT", "An empty latent: its size is what counts."),
+        socket("sigmas", "SIGMAS", "A short schedule from 1 to 0; 4 to 10 steps are enough."),
+        number("cfg", 1.0, 0.0, 100.0, "Guidance you sample with: it multiplies errors.", step=0.1),
+        seed_input("Of the noise."),
+        number("target_db", 35.0, 1.0, 100.0, "Mean velocity SQNR to reach. Each layer that is kept costs speed, not bytes.", step=0.5),
+    )
+    OUTPUTS = (
+        Output("MODEL", "model", "The same codes; the layers that are kept take activations as they are."),
+        Output("STRING", "report", "What each layer's rounding does, and which are kept."),
+        Output("FLOAT", "mean_db", "Mean over the steps with these layers kept."),
+    )
+
+    def run(self, reference, model, positive, negative, latent_image, sigmas, cfg, seed, target_db):
+        from ..accel.quant.attach import quantised_parts, with_activations
+        from ..accel.quant.compare import recording_sampler
+        from ..accel.quant.linear import FULL
+        from ..accel.quant.sensitivity import calls_needed, sensitivity_sampler, sensitivity_table
+        from ..host import KSAMPLER, ProgressBar, fix_empty_latent_channels, prepare_noise, sample_custom, throw_if_interrupted
+
+        if len(sigmas) < 2:
+            raise input_error(self.TITLE, "sigmas", f"{len(sigmas)} values", "at least one step", "Link a schedule from 1 to 0.")
+        parts = {name: part for name, part in quantised_parts(model).items() if part.act_bits < FULL}
+        if not parts:
+            remedy = "Link the model behind Quantize; without rounded activations there is nothing to keep."
+            raise input_error(self.TITLE, "model", "no layer that rounds activations", "a model with act_bits of 4, 6 or 8", remedy)
+        latent = fix_empty_latent_channels(reference, latent_image["samples"])
+        noise = prepare_noise(latent, seed)
+        bar = ProgressBar(calls_needed(len(sigmas) - 1, len(parts)))
+
+        def step() -> None:
+            bar.update(1)
+            throw_if_interrupted()
+
+        visited, found = [], []
+        for which, sampler in (
+            (reference, recording_sampler(visited)),
+            (model, sensitivity_sampler(visited, parts, target_db, found, self.TITLE, step)),
+        ):
+            sample_custom(which, noise, cfg, KSAMPLER(sampler), sigmas, positive, negative, latent, disable_pbar=True, seed=seed)
+        return (with_activations(model, found[0].kept, FULL), sensitivity_table(found[0], parts), found[0].reached)

@@ -48,11 +48,21 @@ class Calibration:
     pairs: FlowPairs | None = None
 
     @classmethod
-    def from_pairs(cls, positive: list, negative: list | None, pairs: FlowPairs, where: str, seed: int = 0) -> Calibration:
-        """Pairs in place of samples that are drawn here. Raises: NodeInputError for several prompts, which pairs cannot be told by."""
+    def from_pairs(
+        cls, teacher: Any, positive: list, negative: list | None, pairs: FlowPairs, where: str, seed: int = 0
+    ) -> Calibration:  # fmt: skip
+        """Pairs in place of samples that `teacher`, a MODEL, would draw.
+
+        Raises: NodeInputError for several prompts, which pairs cannot be told by, and for pairs of another latent space's channels.
+        """
         if len(positive) != 1:
             allowed = "the one prompt that the pairs were made with"
             raise input_error(where, "positive", f"{len(positive)} prompts", allowed, "Link that one.")
+        channels = teacher.get_model_object("latent_format").latent_channels
+        if pairs.clean.shape[1] != channels:
+            allowed = f"pairs of {channels} channels, as this model's latents have"
+            remedy = "Link pairs that Flow Pair Generator made with it."
+            raise input_error(where, "pairs", f"{pairs.clean.shape[1]} channels", allowed, remedy)
         cfg, count = float(pairs.facts["cfg"]), min(len(pairs), COMPARED)
         return cls(positive, negative, tuple(pairs.clean.shape[1:]), count, cfg=cfg, seed=seed, pairs=pairs)
 

@@ -7,8 +7,8 @@ __all__ = ["NOTES"]
 NOTES = {
     "quantize_and_save": (
         "One seed with the weights in 32, 8, 4 and 3 bits; a short run tells **Quantize** where outliers are. Change "
-        "**weight_bits** and **act_bits**; **Velocity error** says in dB what that costs. The 4-bit model is saved; what stays "
-        "whole is by now most of it."
+        "**weight_bits** and **act_bits**; **Velocity error** says in dB what that costs. **Keep Sensitive Layers** finds what 8 bits "
+        "must leave alone to reach **target_db**. The 4-bit model is saved; what stays whole is by now most of it."
     ),
     "load_compressed": (
         "A model without one of its nine blocks, in 8 bits, is saved and loaded again; the file is all that the second picture "

@@ -108,7 +108,7 @@ def _check_form(model: Any, form: str, manifest: Manifest, where: str) -> None:
     if form == "core_int8" and (foreign or not manifest.quant):
         got = f"core_int8 with {len(foreign)} other layers: {foreign[0]}, …" if foreign else "core_int8 of a model without quantised layers"
         allowed = "W8A8 layers with rotation none or convrot, without smoothing and without a LoRA beside the codes"
-        remedy = "Choose rectiflow, or quantise with 8 bits, rotation convrot and smooth_alpha 0."
+        remedy = "Choose rectiflow, or quantise with 8 bits, rotation convrot, smooth_alpha 0 and lora before."
         raise input_error(where, "format", got, allowed, remedy)
     if manifest.width or manifest.fields:
         remedy = "Choose rectiflow: other loaders take one width for all blocks."

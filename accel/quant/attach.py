@@ -12,14 +12,15 @@ import uuid
 from collections.abc import Callable, Collection, Mapping
 from typing import Any
 
+import torch
 from torch import nn
 
 from ...errors import input_error
-from ..modules import NETWORK, seen_modules
+from ..modules import NETWORK, own_weight, seen_modules
 from ..prune.compact import NarrowWeights
 from .linear import QuantLinear
 
-__all__ = ["chosen_layers", "put_on", "quantised_parts"]
+__all__ = ["chosen_layers", "put_on", "quantised_parts", "with_activations"]
 
 
 def _expression(where: str, name: str, text: str) -> re.Pattern | None:
@@ -68,5 +69,18 @@ def put_on(model: Any, layers: Mapping[str, QuantLinear], inside: Collection[str
             patched.patches.pop(f"{NETWORK}{name}.weight", None)
             patched.weight_wrapper_patches.pop(f"{NETWORK}{name}.weight", None)
     patched.size = model.model_size() - saved
+    patched.patches_uuid = uuid.uuid4()
+    return patched
+
+
+def with_activations(model: Any, names: Collection[str], act_bits: int) -> Any:
+    """A clone of MODEL whose quantised layers of these names take activations of `act_bits`; codes are shared, patches stay."""
+    patched, parts = model.clone(), quantised_parts(model)
+    with torch.inference_mode(False), torch.no_grad():
+        for name in names:
+            part = parts[name]
+            bias = None if part.bias is None else own_weight(model, name, part, "bias")
+            made = part.with_activations(act_bits, own_weight(model, name, part), bias)
+            patched.add_object_patch(NETWORK + name, made)
     patched.patches_uuid = uuid.uuid4()
     return patched

@@ -45,6 +45,11 @@ class LayerInputs:
         return torch.cat(self.rows)[:ROWS]
 
     @property
+    def channel_rms(self) -> torch.Tensor:
+        """Root mean square of each channel over tokens, (k,) float64."""
+        return (self.squares / max(self.count, 1)).sqrt()
+
+    @property
     def spread(self) -> float:
         """J, the root mean square over tokens and channels."""
         return float((self.squares.sum() / (self.count * len(self.squares))).sqrt())

@@ -153,6 +153,12 @@ class QuantLinear(nn.Module):
         """Of a full weight what this layer has."""
         return weight if self.cut is None else narrowed(weight, self.cut)
 
+    def with_activations(self, act_bits: int, codes: torch.Tensor, bias: torch.Tensor | None) -> QuantLinear:
+        """This layer with activations of other bits: it shares every tensor but the codes and bias given, (n, bytes) and (n,)."""
+        made = QuantLinear(self.stored.with_codes(codes), bias, act_bits, self.rotation, self.smooth, self.lora, self.added)
+        made.cut, made.full = self.cut, self.full
+        return made
+
     # The basis of the codes and that of training
 
     def into_basis(self, weight: torch.Tensor) -> torch.Tensor:

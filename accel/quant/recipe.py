@@ -2,8 +2,11 @@
 
 A rotation is chosen by the error that the layer's output has on the rows of the calibration ("auto"), or by LRQ-DiT's rule (arXiv
 2508.03485, "threshold"): Hadamard where the input's root mean square J is below a threshold, their dual rotation above. J has the model's
-own scale, so that the threshold is that of their models; the measured error needs none. Smoothing, m_k = max_n|W_nk|^α / max|x_k|^(1−α), is
-taken where it lowers the same error.
+own scale, so that the threshold is that of their models; the measured error needs none. Smoothing is taken where it lowers the same error:
+
+    m_k = max_n|W_nk|^α / max|x_k|^(1−α)        as published, without a rotation: the largest magnitudes set the steps
+    m_k = ‖W_·k‖^α / rms(x_k)^(1−α)             in front of one, which spreads channels until a token's step follows its norm. The noise is
+                                                then c·Σ(x_k·m_k)²·Σ(‖W_·k‖/m_k)², least at α = ½ (Cauchy and Schwarz)
 """
 
 from __future__ import annotations
@@ -116,11 +119,14 @@ def _candidates(scheme: QuantScheme, width: int, inputs: LayerInputs | None) -> 
     return ("hadamard",) if scheme.rotation == "dual" and inputs is None else (scheme.rotation,)
 
 
-def _smoothing(weight: torch.Tensor, inputs: LayerInputs, alpha: float) -> torch.Tensor:
+def _smoothing(weight: torch.Tensor, inputs: LayerInputs, alpha: float, rotated: bool) -> torch.Tensor:
     """m (k,), 1 for channels that are silent."""
-    peaks = inputs.peaks.to(weight.device)
-    m = weight.abs().amax(0).clamp_min(TINY).pow(alpha) / peaks.clamp_min(TINY).pow(1 - alpha)
-    return torch.where(peaks > 0, m, torch.ones_like(m)).clamp(1e-4, 1e4)
+    if rotated:
+        entering, columns = inputs.channel_rms.to(weight), weight.norm(dim=0)
+    else:
+        entering, columns = inputs.peaks.to(weight.device), weight.abs().amax(0)
+    m = columns.clamp_min(TINY).pow(alpha) / entering.clamp_min(TINY).pow(1 - alpha)
+    return torch.where(entering > 0, m, torch.ones_like(m)).clamp(1e-4, 1e4)
 
 
 def _output_db(exact: torch.Tensor, layer: QuantLinear, rows: torch.Tensor) -> float:
@@ -137,8 +143,11 @@ def quantised_layer(
     weight = weight.detach().float()
     if not bool(torch.isfinite(weight).all()):
         raise input_error(where, "model", "a weight with NaN or infinity", "finite weights", "Load the model again.")
-    smooth = None if inputs is None or not scheme.smooth_alpha else _smoothing(weight, inputs, scheme.smooth_alpha)
-    ways = [(kind, m) for kind in _candidates(scheme, weight.shape[1], inputs) for m in ((None,) if smooth is None else (None, smooth))]
+    ways: list[tuple[str, torch.Tensor | None]] = []
+    for kind in _candidates(scheme, weight.shape[1], inputs):
+        ways.append((kind, None))
+        if inputs is not None and scheme.smooth_alpha:
+            ways.append((kind, _smoothing(weight, inputs, scheme.smooth_alpha, kind != "none")))
 
     def made(kind: str, m: torch.Tensor | None, of: torch.Tensor, added: torch.Tensor | None, rounds: int = ROUNDS) -> QuantLinear:
         rotation = _rotation(kind, weight.shape[1], inputs, scheme.seed).to(weight.device)

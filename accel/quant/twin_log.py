@@ -35,6 +35,8 @@ SCALE_TRIALS = tuple(sign * (0.75 + 0.05 * i) for sign in (1, -1) for i in range
 ROUNDS = 3  # grid, scales, grid for these scales …; a fourth gains under 0.01 dB
 REFERENCE_BENDS = (0.001, 0.005, 0.01, 0.02, 0.03, 0.04, 0.05, 0.0, 0.1, 0.2, 0.3, 0.4, 0.5)
 SAMPLE = 1 << 14  # weights that tell the grid
+CHUNK = 1 << 17  # weights whose scales are tried together on a CPU: half a MiB of float32, which stays in the second-level cache
+REACH = 512  # half steps of int8 that the table of `_on_levels` has on each side: twice the largest level
 INT8 = 127
 SCALE_DTYPE = torch.float8_e4m3fn
 TINY = 1e-12
@@ -139,19 +141,37 @@ def _divisor(scales: torch.Tensor, row: torch.Tensor) -> torch.Tensor:
     return torch.where(full.abs() < TINY, torch.full_like(full, TINY), full)[..., None]
 
 
+def _table(levels: torch.Tensor) -> torch.Tensor:
+    """The nearest level at every half step of int8, for levels (m,) on its steps: borders between two levels are such halves."""
+    halves = torch.arange(-REACH, REACH + 1, device=levels.device, dtype=torch.float32)
+    steps = (levels * INT8).round()
+    return levels[torch.searchsorted(steps[1:] + steps[:-1], halves, right=True)]
+
+
+def _on_levels(values: torch.Tensor, table: torch.Tensor) -> torch.Tensor:
+    """Nearest levels of values (…), by the table: a look-up in place of a search."""
+    place = (values * (2 * INT8)).floor_().clamp_(-REACH, REACH).add_(REACH).int()
+    return table.index_select(0, place.flatten()).view_as(values)
+
+
 def _group_scales(grouped: torch.Tensor, levels: torch.Tensor, row: torch.Tensor) -> torch.Tensor:
     """The 8-bit scale of every group that leaves the least error: grouped (n, g, group), levels (m,) with 1 at their top, row (n,)."""
-    own = _largest(grouped) / row[:, None]
-    best, least = own.to(SCALE_DTYPE), torch.full_like(own, float("inf"))
-    for trial in SCALE_TRIALS:
-        scale = (own * trial).to(SCALE_DTYPE)
-        full = _divisor(scale, row)
-        normal = (grouped / full).flatten(0, 1)
-        error = ((levels[nearest(normal, levels)] - normal).view_as(grouped) * full).square().sum(2)
-        better = error < least
-        least = torch.where(better, error, least)
-        best = torch.where(better, scale.float(), best.float()).to(SCALE_DTYPE)
-    return best
+    own, table = (_largest(grouped) / row[:, None]).flatten(), _table(levels)
+    found = torch.empty_like(own)
+    at_once = max(1, CHUNK // grouped.shape[2]) if own.device.type == "cpu" else max(1, len(own))
+    parts = (grouped.flatten(0, 1), own, row.repeat_interleave(grouped.shape[1]), found)
+    for weights, largest, rows, into in zip(*[part.split(at_once) for part in parts]):
+        into.copy_(largest)
+        least = torch.full_like(largest, float("inf"))
+        for trial in SCALE_TRIALS:
+            scale = (largest * trial).to(SCALE_DTYPE).float()
+            full = _divisor(scale[:, None], rows).flatten(1)
+            normal = weights / full
+            error = (_on_levels(normal, table).sub_(normal)).square_().sum(1) * full.flatten().square()
+            better = error < least
+            least = torch.where(better, error, least)
+            into.copy_(torch.where(better, scale, into))
+    return found.view(grouped.shape[:2]).to(SCALE_DTYPE)
 
 
 def fit_groups(weight: torch.Tensor, bits: int, group: int, uniform: bool = False, rounds: int = ROUNDS) -> GroupCodes:
@@ -207,7 +227,7 @@ def _side_levels(magnitudes: torch.Tensor, weigh: torch.Tensor, mean: torch.Tens
 
     def tried(bend: float, top: float) -> tuple[float, torch.Tensor]:
         levels = (twin_levels(bend * mean, torch.tensor(top, device=mean.device), count) * INT8).round() / INT8
-        return float(((levels[nearest(magnitudes, levels)] - magnitudes).square() * weigh).sum()), levels
+        return float(((_on_levels(magnitudes, _table(levels)) - magnitudes).square() * weigh).sum()), levels
 
     top = TOPS[0]
     for _ in range(2):  # in turn: within 0.01 dB of all pairs

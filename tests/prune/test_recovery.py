@@ -14,7 +14,8 @@ from rectiflow.accel.prune.width import WidthCut, WidthScores, groups_of, kept_u
 from rectiflow.errors import NodeInputError
 from rectiflow.host import CFGGuider, sampler_object
 from rectiflow.nodes.pairs import RectiflowFlowPairGenerator
-from rectiflow.nodes.pruning import host_services
+from rectiflow.nodes.pruning import RectiflowRecoverPruned, host_services, run_folder
+from rectiflow.samplers.pairs import FlowPairs
 from rectiflow.tests.accel.region_toys import conditioning, toy
 from rectiflow.train.features import masked_distance
 from rectiflow.train.pool import Calibration, inside, sample_pool
@@ -114,14 +115,25 @@ def test_pairs_stand_for_the_pool(cfg, case, host):
         model=model, positive=shown.positive, negative=shown.negative, cfg=cfg, sampler=sampler_object("euler"), path="pairs", count=4,
         sigmas=torch.linspace(1, 0, 4), latent={"samples": torch.zeros(1, 16, 6, 8)}, seed=3, batch=4,
     )[0]  # fmt: skip
-    pool = Calibration.from_pairs(shown.positive, shown.negative, sampled, "test")
+    pool = Calibration.from_pairs(model, shown.positive, shown.negative, sampled, "test")
     found = []
     inside(CFGGuider, model, pool, lambda trainee: found.append(sample_pool(trainee, pool)))
     assert torch.allclose(found[0], sampled.clean, atol=1e-4)  # rounding: the sampler scales by sigma on its way to the velocity
     done = run((model, pruned, pool), steps=12)
     assert done.report["after"]["velocity_error"] < 0.98 * done.report["before"]["velocity_error"]
     with pytest.raises(NodeInputError, match="one prompt"):
-        Calibration.from_pairs(shown.positive * 2, None, sampled, "test")
+        Calibration.from_pairs(model, shown.positive * 2, None, sampled, "test")
+
+
+def test_pairs_of_another_latent_space_are_refused_before_anything_runs(case, host):
+    """Before the folder of the run is made: the name stays free."""
+    model, pruned, shown = case
+    facts = {"conditioning": "", "cfg": "1.0", "sampler": "euler", "sigmas": "[1.0, 0.0]"}
+    other = FlowPairs(torch.zeros(2, 4, 6, 8), torch.arange(2), facts)
+    given = {"student": pruned, "teacher": model, "positive": shown.positive, "latent": None, "name": "foreign pairs", "seed": 0}
+    with pytest.raises(NodeInputError, match="Recover Pruned: input 'pairs' got '4 channels'; allowed: pairs of 16 channels.*Flow Pair"):
+        RectiflowRecoverPruned().execute(pairs=other, **given)
+    assert not run_folder("foreign pairs", "test").exists()
 
 
 def test_recomputing_blocks_changes_nothing(case):

@@ -68,13 +68,13 @@ class TestLoRA:
     @pytest.mark.parametrize(
         ("policy", "bits", "least"),
         [
-            ("before", "8", 0.97), ("bypass", "8", 0.98), ("requant", "8", 0.95),
-            ("before", "4", 0.6), ("bypass", "4", 0.9), ("requant", "4", 0.5),
+            ("before", "8", 0.98), ("bypass", "8", 0.98), ("requant", "8", 0.98),
+            ("before", "4", 0.9), ("bypass", "4", 0.98), ("requant", "4", 0.9),
         ],
     )
     def test_it_moves_the_latent_as_it_moves_the_whole_models(self, runs, policy, bits, least):
-        """Cosine of the two differences of the latent after one call. In front of Quantize for "before", behind it for the others; beside
-        the codes it is exact, in codes of 4 bits it has two roundings' noise."""
+        """Cosine of the two differences of the latent after one call, for a LoRA of a quarter of the weights' size: in front of Quantize
+        for "before", behind it for the others."""
         exact = runs.latent(with_lora(runs.model, runs.model, LAYERS, 0.01), steps=1) - runs.latent(runs.model, steps=1)
         chosen = {"weight_bits": bits, "lora": policy, "include": r"\.0\.(img_mlp\.0|linear2)"}
         quantized = runs.quantized(**chosen)
