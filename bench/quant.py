@@ -1,4 +1,4 @@
-"""How near few bits come: `python bench/quant.py [--part weights codes rotation model seeds lora]`.
+"""How near few bits come: `python bench/quant.py [--part weights codes rotation model seeds lora flips]`.
 
     quant_weights    SQNR in dB of weights by quantiser, at equal bits with every scale counted: a normal law, one with long tails, one with
                      one weight in a thousand ten times as large, and layers of the tiny model
@@ -7,6 +7,7 @@
     quant_model      the tiny model in few bits: velocity SQNR over a schedule, bytes, and the final latent's distance
     quant_layers     its layers at W8A8: errors of weight and output, share of the velocity's error, what is kept
     quant_seeds      twin-log against uniform at equal bytes, seed by seed, for several draws of the rotations' signs
+    quant_flips      how far the final latent moves when the noise moves by its last bits
     quant_lora       how a LoRA changes a layer in few bits, by policy and by its size
 
 Peers are used where they are installed: `pip install comfy-kitchen==0.2.40 torchao==0.18.0 gguf==0.19.0 bitsandbytes==0.50.2`.
@@ -43,9 +44,10 @@ LAYERS = (
 SIGMA = 0.02
 PROMPTS = ("noto cat on white", "twemoji rocket on black")
 STEPS, CFG = 10, 3.0
-PARTS = ("weights", "codes", "rotation", "model", "seeds", "lora")
+PARTS = ("weights", "codes", "rotation", "model", "seeds", "lora", "flips")
 PROBED = range(20, 24)  # seeds of the velocity's error
 TARGETS = (35.0, 36.0)  # dB of Keep Sensitive Layers
+LAST_BITS = 3e-7  # of a float32, as two hosts differ: a few last places
 LORA_SIZES, LORA_RANK = (0.05, 0.1, 0.2, 0.4), 4
 SETTINGS = (  # bits of weights and activations, method, group
     ("8", "8", "tlq", "32"), ("6", "8", "tlq", "32"), ("4", "8", "tlq", "16"), ("4", "8", "tlq", "32"), ("4", "8", "uniform", "32"),
@@ -288,6 +290,17 @@ def lora_part(tiny: Tiny) -> None:
     write_table("quant_lora", ["model", "lora_over_weight", "policy", "cosine_mean", "cosine_lowest"], rows)
 
 
+def flips_part(tiny: Tiny) -> None:
+    """How far the final latent moves when the noise moves by its last bits: a rounding that falls the other way is a whole step."""
+    noise, rows = tiny.runs.noise([5]), []
+    for bits in (None, ("8", "8"), ("4", "8"), ("3", "8"), ("4", "4"), ("3", "4")):
+        model = tiny.runs.model if bits is None else tiny.quantised(*bits, "tlq", "32", rotation="hadamard")[0]
+        found = [tiny.runs.sample(PROMPTS[0], start, model=model, steps=16, cfg=CFG) for start in (noise, noise * (1 + LAST_BITS))]
+        moved = float((found[1] - found[0]).norm() / found[0].norm())
+        rows.append(["fp32" if bits is None else f"W{bits[0]}A{bits[1]}", f"{LAST_BITS:.1e}", f"{moved:.1e}"])
+    write_table("quant_flips", ["model", "noise_moved_by", "latent_moved_by"], rows)
+
+
 def _factors(weight: torch.Tensor) -> tuple[tuple[int, int], tuple[int, int]]:
     return (weight.shape[0], LORA_RANK), (LORA_RANK, weight.shape[1])
 
@@ -316,7 +329,7 @@ def main() -> None:
         codes_part()
     if "rotation" in given.part:
         rotation_part()
-    if not {"model", "seeds", "lora"} & set(given.part):
+    if not {"model", "seeds", "lora", "flips"} & set(given.part):
         return
     host = make_host(Path(tempfile.mkdtemp()), settings=HostSettings(device="cpu", dtype="fp32"))
     with use_host(host), torch.inference_mode():
@@ -325,6 +338,8 @@ def main() -> None:
             model_part(tiny, given.seeds)
         if "seeds" in given.part:
             seeds_part(tiny, given.seeds, given.draws)
+        if "flips" in given.part:
+            flips_part(tiny)
         if "lora" in given.part:
             with torch.inference_mode(False), torch.no_grad():
                 lora_part(tiny)

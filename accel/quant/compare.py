@@ -25,6 +25,7 @@ class Visited:
 def recording_sampler(visited: list[Visited]) -> Callable[..., torch.Tensor]:
     """Euler, x ← x + (s' − s)·v, that notes every state above sigma 0."""
 
+    @torch.no_grad()
     def sample_recorded(model: Any, x: torch.Tensor, sigmas: torch.Tensor, extra_args=None, callback=None, disable=None) -> torch.Tensor:
         ones = x.new_ones(len(x))
         for i, (s, s_next) in enumerate(zip(sigmas.tolist(), sigmas[1:].tolist())):
@@ -42,6 +43,7 @@ def recording_sampler(visited: list[Visited]) -> Callable[..., torch.Tensor]:
 def replaying_sampler(visited: list[Visited], found: list[tuple[float, float]]) -> Callable[..., torch.Tensor]:
     """Asks the model at each recorded state; notes (sigma, velocity SQNR in dB). Returns the last recorded state."""
 
+    @torch.no_grad()
     def sample_replayed(model: Any, x: torch.Tensor, sigmas: torch.Tensor, extra_args=None, callback=None, disable=None) -> torch.Tensor:
         ones = x.new_ones(len(x))
         for i, state in enumerate(visited):

@@ -72,6 +72,7 @@ def sensitivity_sampler(
     Raises: NodeInputError for a target above what the model has with 16-bit activations in all of `parts`.
     """
 
+    @torch.no_grad()
     def sample_measured(model: Any, x: torch.Tensor, sigmas: torch.Tensor, extra_args=None, callback=None, disable=None) -> torch.Tensor:
         ones = x.new_ones(len(x))
 

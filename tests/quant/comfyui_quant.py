@@ -1,18 +1,21 @@
 """Runs inside ComfyUI's Python: quantised and pruned models of ComfyUI's own classes, and their files; prints one JSON object.
 
-Started by test_quant_in_comfyui.py with the pack's folder as its only argument.
+Started by test_quant_in_comfyui.py with the pack's folder as its only argument; by itself with a folder, a file in it and a latent, to see
+whether a process that has only the file draws the same.
 """
 
 from __future__ import annotations
 
 import importlib
 import json
+import subprocess
 import sys
 import tempfile
 from dataclasses import replace
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "samplers"))
+ARGUMENTS = sys.argv[1:]  # ComfyUI's start reads them too
 
 from comfyui_editing import FAMILIES, SD3, SIGMAS, WAN, Toy, load_pack  # noqa: E402  starts ComfyUI on the CPU
 
@@ -121,30 +124,71 @@ def file_answers(runs: Runs, gone: str) -> dict:
     return {"pruned": runs.saved_and_loaded(pruned), "pruned_4": runs.saved_and_loaded(four), "lora": runs.saved_and_loaded(with_lora)}
 
 
+class Tiny(Runs):
+    """The tiny model in place of a toy."""
+
+    def __init__(self, nodes: dict):
+        self.nodes, self.pack = nodes, nodes["RectiflowQuantize"].__module__.rsplit(".nodes.", 1)[0]
+        model, clip, _ = nodes["RectiflowLoadTiny"]().execute()
+        self.toy = type("Model", (), {"model": model})
+        self.prompt, self.empty = (clip.encode_from_tokens_scheduled(clip.tokenize(text)) for text in ("noto cat on white", ""))
+
+    def latent(self, model=None) -> torch.Tensor:
+        noise = torch.randn(1, 16, 16, 16, generator=torch.Generator().manual_seed(1))
+        euler, none = comfy.samplers.sampler_object("euler"), torch.zeros_like(noise)
+        model = model or self.toy.model
+        return comfy.sample.sample_custom(model, noise, 1.0, euler, SIGMAS, self.prompt, self.prompt, none, disable_pbar=True, seed=0)
+
+    def fresh_process(self, model) -> dict:
+        """Saved here; loaded and drawn in a process of its own."""
+        root = Path(folder_paths.get_output_directory())
+        torch.save(self.latent(model), root / "expected.pt")
+        path = self.node("RectiflowSaveCompressed", model=model, filename_prefix="fresh", format="rectiflow", dtype="same")[0]
+        command = [sys.executable, __file__, ARGUMENTS[0], str(root), path, "expected.pt"]
+        done = subprocess.run(command, capture_output=True, text=True, timeout=200)
+        assert done.returncode == 0, done.stderr[-4000:]
+        return json.loads(done.stdout.strip().splitlines()[-1])
+
+    def sensitive(self, model) -> dict:
+        """As few layers as needed for one decibel more: how many, what was told, and that the model that was measured stays."""
+        shown = {
+            "positive": self.prompt, "negative": self.empty, "latent_image": {"samples": torch.zeros(1, 16, 8, 8)},
+            "sigmas": torch.linspace(1, 0, 3), "cfg": 3.0, "seed": 2,
+        }  # fmt: skip
+        before = self.latent(model)
+        given = self.node("RectiflowQuantReport", reference=self.toy.model, model=model, **shown)[2]
+        kept, _, told = self.node("RectiflowKeepSensitiveLayers", reference=self.toy.model, model=model, target_db=given + 1, **shown)
+        now = self.node("RectiflowQuantReport", reference=self.toy.model, model=kept, **shown)[2]
+        parts = self.part("accel.quant.attach").quantised_parts(kept).values()
+        kept_count = sum(part.act_bits == 16 for part in parts)
+        return {"gain": now - given, "off": abs(now - told), "count": kept_count, "same": torch.equal(self.latent(model), before)}
+
+
 def tiny_answers(nodes: dict) -> dict:
-    runs = Runs.__new__(Runs)
-    runs.nodes, runs.pack = nodes, nodes["RectiflowQuantize"].__module__.rsplit(".nodes.", 1)[0]
-    model, clip, _ = nodes["RectiflowLoadTiny"]().execute()
-    prompt = clip.encode_from_tokens_scheduled(clip.tokenize("noto cat on white"))
-    noise = torch.randn(1, 16, 16, 16, generator=torch.Generator().manual_seed(1))
-    euler = comfy.samplers.sampler_object("euler")
-
-    def latent(given=None):
-        none = torch.zeros_like(noise)
-        return comfy.sample.sample_custom(given or model, noise, 1.0, euler, SIGMAS, prompt, prompt, none, disable_pbar=True, seed=0)
-
-    runs.latent = latent
-    runs.toy = type("Tiny", (), {"model": model})
+    runs = Tiny(nodes)
     pruned = runs.pruned("double_blocks.1", "single_blocks.3")
     error = runs.part("accel.quant.error").sqnr
+    eight = runs.quantized(group_size="32", include=r"_blocks\.[02]\.")
+    chain = runs.lora(runs.quantized(pruned, weight_bits="4", group_size="32", include=r"_blocks\.0\.", lora="requant"))[0]
     return {
-        "db": error(latent(), latent(runs.quantized(group_size="32"))),
+        "db": error(runs.latent(), runs.latent(runs.quantized(group_size="32"))),
         "pruned_4": runs.saved_and_loaded(runs.quantized(pruned, weight_bits="4", group_size="32", include=r"_blocks\.0\.")),
+        "sensitive": runs.sensitive(eight), "fresh": runs.fresh_process(chain),
     }  # fmt: skip
+
+
+def from_file(nodes: dict, folder: str, path: str, expected: str) -> dict:
+    folder_paths.set_output_directory(folder)
+    runs = Tiny(nodes)
+    loaded = runs.node("RectiflowLoadCompressed", path=path)[0]
+    return {"equal": torch.equal(runs.latent(loaded), torch.load(Path(folder) / expected, weights_only=True))}
 
 
 def main() -> None:
     nodes = load_pack()
+    if len(ARGUMENTS) > 1:
+        print(json.dumps(from_file(nodes, *ARGUMENTS[1:])))
+        return
     folder_paths.set_output_directory(tempfile.mkdtemp())
     found = {"families": {name: family_answers(Runs(nodes, family)) for name, family in FAMILIES.items()}}
     found["unloaded"] = unloaded_answers(Runs(nodes, FAMILIES["Flux"]))

@@ -37,3 +37,13 @@ def test_files_come_back_bit_for_bit(answers, family, kind):
 def test_the_tiny_model(answers):
     assert answers["tiny"]["db"] > 30
     assert answers["tiny"]["pruned_4"] == [True, True]
+
+
+def test_a_fresh_process_gives_the_same_latent(answers):
+    """Pruned, quantised, with a LoRA rounded into the codes, saved; the other process has the file alone."""
+    assert answers["tiny"]["fresh"] == {"equal": True}
+
+
+def test_sensitive_layers_are_kept(answers):
+    found = answers["tiny"]["sensitive"]
+    assert found["gain"] >= 1 and found["off"] < 1e-3 and found["same"] and 0 < found["count"] < 20
