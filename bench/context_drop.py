@@ -15,7 +15,7 @@ import statistics
 
 import torch
 from attention import seconds
-from rectiflow.accel.attention.context_drop import LAYER_RULES, POOLS, ContextDrop, DropLog, attach_context_drop, pooled_attention
+from rectiflow.accel.attention.context_drop import LAYER_RULES, POOLS, ContextDrop, DropLog, Turns, attach_context_drop, pooled_attention
 from rectiflow.accel.attention.dispatch import AttentionCall
 from rectiflow.host.embedded import make_host, use_host
 from rectiflow.host.embedded.ldm.common import EmbedND
@@ -90,7 +90,8 @@ def pool_rows(tiny, seeds: int, steps: int, tokens: int, rounds: int) -> list[li
         drawn = Drawn(tiny, pixels, seeds, steps)
         found = {pool: drawn.errors(ContextDrop(DropLog(), "bench", factor, True, "all", min_tokens=1, pool=pool)) for pool in POOLS}
         nearer = sum(a < b for a, b in zip(found["rope_free"], found["mean"]))
-        taken = [[seconds(pooled_attention, call, factor, True, None, pool) for pool in POOLS] for _ in range(rounds)]
+        turns = Turns.of(call.rotations[:, :, TEXT:], call.sides, factor)  # once a model call, for all of its blocks
+        taken = [[seconds(pooled_attention, call, factor, True, None, way) for way in (None, turns)] for _ in range(rounds)]
         slower = statistics.median(free / mean for mean, free in taken)
         rows += [[factor, pixels, pool, seeds, steps, f"{statistics.mean(errors):.3f}", nearer, f"{slower:.2f}"]
                  for pool, errors in found.items()]  # fmt: skip

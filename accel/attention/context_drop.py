@@ -32,8 +32,8 @@ from .dispatch import AttentionCall, RunFacts, attach
 from .heads import weighted_keys
 
 __all__ = [
-    "LAYER_RULES", "POOLS", "ContextDrop", "DropLog", "attach_context_drop", "break_even", "dropped_layers", "pooled", "pooled_attention",
-    "pooled_before_rotation",
+    "LAYER_RULES", "POOLS", "ContextDrop", "DropLog", "Turns", "attach_context_drop", "break_even", "dropped_layers", "pooled",
+    "pooled_attention", "pooled_before_rotation",
 ]  # fmt: skip
 
 LAYER_RULES = ("time_linear", "last_first", "all")
@@ -50,11 +50,25 @@ def pooled(tokens: torch.Tensor, sides: tuple[int, ...], side: int) -> torch.Ten
     return means.reshape(*tokens.shape[:2], -1, tokens.shape[-1])
 
 
-def pooled_before_rotation(keys: torch.Tensor, rotations: torch.Tensor, sides: tuple[int, ...], side: int) -> torch.Tensor:
-    """Means of what `keys` (b, h, n, d) were before their `rotations` (b or 1, 1, n, d/2, 2, 2), rotated to the squares' mean places."""
-    table = rotations.float()
-    means = pooled(_turned(keys.float(), table.transpose(-1, -2) / _squared(table)), sides, side)
-    return _turned(means, middle_rotations(table, sides, side)).to(keys.dtype)
+@dataclass(frozen=True)
+class Turns:
+    """What of a rotary table pooling before rotation needs: inverse (b or 1, 1, n, d/2, 2, 2) of each token's rotation, middle (b or 1, 1,
+    squares, d/2, 2, 2) of each square's mean place."""
+
+    inverse: torch.Tensor
+    middle: torch.Tensor
+
+    @classmethod
+    def of(cls, rotations: torch.Tensor, sides: tuple[int, ...], side: int) -> Turns:
+        """rotations: (b or 1, 1, n, d/2, 2, 2) of the image's tokens."""
+        table = rotations.float()
+        return cls((table.transpose(-1, -2) / _squared(table)).contiguous(), middle_rotations(table, sides, side))
+
+
+def pooled_before_rotation(keys: torch.Tensor, turns: Turns, sides: tuple[int, ...], side: int) -> torch.Tensor:
+    """Means of what `keys` (b, h, n, d) were before they were rotated, rotated to the squares' mean places."""
+    means = pooled(_turned(keys.float(), turns.inverse), sides, side)
+    return _turned(means, turns.middle).to(keys.dtype)
 
 
 def middle_rotations(table: torch.Tensor, sides: tuple[int, ...], side: int) -> torch.Tensor:
@@ -99,19 +113,17 @@ def pooled_mask(mask: torch.Tensor, text: int, sides: tuple[int, ...], side: int
     return torch.cat((before, kept, behind), dim=-1)
 
 
-def pooled_attention(call: AttentionCall, side: int, weighted: bool, by_channel: bool | None = None, pool: str = "mean") -> torch.Tensor:
-    """Attention of all queries over text, pooled image and extra keys, (b, h, n, d). pool: one of POOLS.
+def pooled_attention(
+    call: AttentionCall, side: int, weighted: bool, by_channel: bool | None = None, turns: Turns | None = None
+) -> torch.Tensor:
+    """Attention of all queries over text, pooled image and extra keys, (b, h, n, d). turns: of the image, to pool before rotation.
 
     by_channel: see `weighted_keys`.
     """
     lengths = [call.text, math.prod(call.sides), call.extra]
     keys, values = ([*x.split(lengths, dim=2)] for x in (call.k, call.v))
     values[1] = pooled(values[1], call.sides, side)
-    if pool == "rope_free":
-        table = call.rotations.split(lengths, dim=2)[1]
-        keys[1] = pooled_before_rotation(keys[1], table, call.sides, side)
-    else:
-        keys[1] = pooled(keys[1], call.sides, side)
+    keys[1] = pooled(keys[1], call.sides, side) if turns is None else pooled_before_rotation(keys[1], turns, call.sides, side)
     k, v = torch.cat(keys, dim=2), torch.cat(values, dim=2)
     mask = None if call.mask is None else pooled_mask(call.mask, call.text, call.sides, side)
     counts = square_counts(call.sides, side, k.device)
@@ -225,6 +237,7 @@ class DropHandler:
         self.measured = False
         self.found = DropLog()
         self.dropped = self.left = 0
+        self.held: tuple[torch.Tensor, tuple, Turns] | None = None
 
     def active(self, sigma: float) -> bool:
         passed = self.clock.at(sigma).u / max(1, self.clock.steps)
@@ -246,15 +259,27 @@ class DropHandler:
             self._say(f"dense: {reason}" if side == 1 else f"dense is faster here: {reason}")
             return None
         side = min(side, SIDES[1])
-        if self.plan.pool == "rope_free" and call.rotations is None:
-            raise self.plan.without_rotations(f"{call.layer[0]} {call.layer[1]} without its rotary table")
+        turns = self._turns(call, side) if self.plan.pool == "rope_free" else None
         self.dropped += 1
         keys = tokens - image + math.prod(call.sides[:-2]) * math.prod(-(-length // side) for length in call.sides[-2:])
         self.found.pairs += tokens * keys * len(call.q)
         self.found.dense += tokens * tokens * len(call.q)
-        return pooled_attention(call, side, self.plan.weighted, pool=self.plan.pool)
+        return pooled_attention(call, side, self.plan.weighted, turns=turns)
+
+    def _turns(self, call: AttentionCall, side: int) -> Turns:
+        """Of the call's table; blocks of one model call share theirs, and a table that is held has its memory to itself."""
+        table = call.rotations
+        if table is None:
+            raise self.plan.without_rotations(f"{call.layer[0]} {call.layer[1]} without its rotary table")
+        held = self.held
+        same = held is not None and held[0].data_ptr() == table.data_ptr() and held[0].shape == table.shape
+        if not same or held[1] != (call.text, call.sides, side):
+            image = table[:, :, call.text : call.text + math.prod(call.sides)]
+            self.held = held = (table, (call.text, call.sides, side), Turns.of(image, call.sides, side))
+        return held[2]
 
     def close(self) -> None:
+        self.held = None
         if not self.dropped and not self.left:
             self._say("no attention was reached: the steps chosen leave none, or another patch took their place")
         log, found = self.plan.log, self.found

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import math
 
 import pytest
@@ -11,7 +10,9 @@ import torch.nn.functional as F
 from rectiflow.accel.attention.context_drop import (
     LAYER_RULES,
     ContextDrop,
+    DropHandler,
     DropLog,
+    Turns,
     attach_context_drop,
     break_even,
     dropped_layers,
@@ -22,6 +23,9 @@ from rectiflow.accel.attention.context_drop import (
     square_counts,
 )
 from rectiflow.accel.attention.dispatch import RUN, AttentionCall
+from rectiflow.accel.attention.rope import RopePlan
+from rectiflow.accel.attention.rope import attach as scaled
+from rectiflow.accel.attention.rope_spectrum import RopeScaling
 from rectiflow.errors import NodeInputError
 from rectiflow.host.embedded.ldm.common import EmbedND, apply_rope
 from rectiflow.tests.accel.region_toys import FAMILIES, noise, sample, toy
@@ -240,10 +244,11 @@ def test_keys_pooled_before_rotation_stand_at_the_mean_place(sides, side, size):
     ids = torch.stack([axis.flatten().float() for axis in axes], dim=-1)[None]  # (1, n, 3)
     keys = random(2, 3, math.prod(sides), 32)
     table = size * embedder(ids)
-    found = pooled_before_rotation(apply_rope(keys, table), table, sides, side)
+    turns = Turns.of(table, sides, side)
+    found = pooled_before_rotation(apply_rope(keys, table), turns, sides, side)
     expected = apply_rope(pooled(keys, sides, side), size * embedder(pooled(ids[None], sides, side)[0]))
     torch.testing.assert_close(found, expected, rtol=0, atol=1e-5)
-    half = pooled_before_rotation(apply_rope(keys, table).bfloat16(), table, sides, side)
+    half = pooled_before_rotation(apply_rope(keys, table).bfloat16(), turns, sides, side)
     assert half.dtype == torch.bfloat16
     torch.testing.assert_close(half.float(), expected, rtol=0, atol=0.03)  # keys of up to 5 in bf16
 
@@ -251,13 +256,13 @@ def test_keys_pooled_before_rotation_stand_at_the_mean_place(sides, side, size):
 def test_without_rotation_both_ways_of_pooling_are_one():
     """A table of no turns, and one of the model's own: only the second parts the two."""
     call = call_of((6, 8), 5, 4, width=32)
-    still = torch.eye(2).expand(1, 1, 57, 16, 2, 2)
+    still = Turns.of(torch.eye(2).expand(1, 1, 48, 16, 2, 2), (6, 8), 2)
     for weighted in (True, False):
-        found = pooled_attention(dataclasses.replace(call, rotations=still), 2, weighted, pool="rope_free")
+        found = pooled_attention(call, 2, weighted, turns=still)
         torch.testing.assert_close(found, pooled_attention(call, 2, weighted), rtol=0, atol=1e-6)
-    ids = torch.arange(57.0)[None, :, None].expand(1, 57, 3)
-    turned = dataclasses.replace(call, rotations=EmbedND(dim=32, theta=10000, axes_dim=[4, 14, 14])(ids))
-    assert float((pooled_attention(turned, 2, True, pool="rope_free") - pooled_attention(call, 2, True)).abs().max()) > 1e-3
+    ids = torch.arange(48.0)[None, :, None].expand(1, 48, 3)
+    turned = Turns.of(EmbedND(dim=32, theta=10000, axes_dim=[4, 14, 14])(ids), (6, 8), 2)
+    assert float((pooled_attention(call, 2, True, turns=turned) - pooled_attention(call, 2, True)).abs().max()) > 1e-3
 
 
 def test_a_run_of_flux_pools_before_rotation_and_others_are_refused():
@@ -271,3 +276,16 @@ def test_a_run_of_flux_pools_before_rotation_and_others_are_refused():
     for family, name in (("sd3", "SD3"), ("lumina2", "NextDiT")):
         with pytest.raises(NodeInputError, match=f"'pool'.*{name}"):
             drop(toy(family), pool="rope_free")
+
+
+def test_tables_that_change_within_a_run_are_read_anew(monkeypatch):
+    """Positions that follow the time of the flow: the run is the one in which nothing is held from one call to the next."""
+    model = scaled(toy("flux"), RopePlan(RopeScaling("time_aware", (7, 7))), "test")
+    patched, z = drop(model, pool="rope_free")[0], noise(1, (18, 20))
+    found = sample(patched, z, steps=3)
+
+    def fresh(handler, call, side):
+        return Turns.of(call.rotations[:, :, call.text : call.text + math.prod(call.sides)], call.sides, side)
+
+    monkeypatch.setattr(DropHandler, "_turns", fresh)
+    assert torch.equal(sample(patched, z, steps=3), found)
