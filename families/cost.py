@@ -18,7 +18,7 @@ from .blocks import BlockKey
 from .stack import stack_of
 from .tokens import TokenSpec, attends_twice
 
-__all__ = ["AttentionCost", "ForwardCost", "forward_cost", "numbers_of"]
+__all__ = ["AttentionCost", "ForwardCost", "forward_cost", "numbers_of", "token_kind"]
 
 KINDS = ("image", "text", "joint", "vector")
 _VECTOR = r"time_in|vector_in|guidance_in|t_embedder|y_embedder|time_text_embed|time_embedding|time_projection|.*adaLN_modulation|norm_out"
@@ -82,18 +82,22 @@ def forward_cost(transformer: Any, spec: TokenSpec, blocks: Sequence[BlockKey] |
     """The cost of `transformer` (a model's `diffusion_model`), whose spec is token_spec's, or of some blocks of it alone."""
     weights, unknown = dict.fromkeys(KINDS, 0), []
     inside = None if blocks is None else tuple(f"{path}." for path in _paths(transformer, blocks))
-    rules = [(re.compile(pattern), kind) for pattern, kind in _RULES[spec.family]]
     for name, module in transformer.named_modules():
         weight = getattr(module, "weight", None)
         if getattr(weight, "ndim", 0) < 2 or "Embedding" in type(module).__name__ or inside is not None and not name.startswith(inside):
             continue
-        kind = next((kind for rule, kind in rules if rule.match(name)), None)
+        kind = token_kind(spec.family, name)
         if kind is None:
             unknown.append(name)
             continue
         times = _CHROMA_VECTORS if name.startswith("distilled_guidance_layer") else 1
         weights[kind] += numbers_of(module, weight) * times
     return ForwardCost(weights, tuple(_attentions(transformer, spec, blocks)), tuple(unknown))
+
+
+def token_kind(family: str, name: str) -> str | None:
+    """Which tokens a layer sees, one of KINDS, by its name below the network; None where no rule places it."""
+    return next((kind for pattern, kind in _RULES[family] if re.match(pattern, name)), None)
 
 
 def _paths(transformer: Any, blocks: Sequence[BlockKey]) -> list[str]:

@@ -12,7 +12,7 @@ PALETTES = (
     "editing", "masks", "prediction", "caching", "region", "cache_schedules", "gated_caching", "cache_reports", "pairs", "rope", "training",
     "attention", "accelerate", "context_drop",
     "quantization", "compressed_files",
-    "pruning", "depth", "width", "low_rank", "token_tools", "wavelets", "packing",
+    "pruning", "depth", "width", "timestep_width", "low_rank", "token_tools", "wavelets", "packing",
 )
 
 

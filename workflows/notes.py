@@ -24,6 +24,10 @@ NOTES = {
         "A fifth of the width goes: once the heads and neurons that learned masks close, which 20 training steps then recover, once the "
         "smallest ones. Change **remove**; raise **iterations** to 60 and combine more prompts to learn better, under another **name**."
     ),
+    "timestep_width": (
+        "Heads and channel groups that add least at each noise level are left out there; nothing is trained, so the picture soon changes. "
+        "The text says what each level keeps. Change **target_flops**: 1 is the plain model; **exec** `mask` draws the same at full cost."
+    ),
     "prune_and_recover": (
         "Three of nine blocks are left out, then 20 training steps bring the picture back; no data set is needed. Change **method** "
         "and **remove** of **Prune Score**, or **steps**. **Recover Pruned** goes on where its **name** stopped: change it to begin "

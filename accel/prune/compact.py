@@ -25,7 +25,10 @@ from .identity import NETWORK, model_hash, original_part, original_weight
 from .plan import PrunePlan
 from .width import check_width, full_groups, groups_of, without_masks
 
-__all__ = ["LayerCut", "NarrowWeights", "compact_model", "full_width", "layer_cuts", "narrow_layer", "narrowed", "spread"]
+__all__ = [
+    "LayerCut", "NarrowWeights", "compact_model", "full_width", "is_plain", "layer_cuts", "narrow_fields", "narrow_layer", "narrowed",
+    "spread",
+]  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -200,7 +203,7 @@ def full_width(model: Any, plan: PrunePlan, where: str) -> Any:
 def _exchange_layer(patched: Any, name: str, cut: LayerCut, where: str) -> int:
     """Put the narrow layer at `name`; returns by how many bytes the model grows."""
     layer = original_part(patched, name)
-    if NETWORK + name in patched.object_patches or not _plain(layer):
+    if NETWORK + name in patched.object_patches or not is_plain(layer):
         got = f"{name}, a {type(patched.object_patches.get(NETWORK + name, layer)).__name__}"
         raise input_error(where, "model", got, "plain linear layers", "Link this node before quantisation, to a model in 16 or 32 bits.")
     for key in (f"{NETWORK}{name}.weight", f"{NETWORK}{name}.bias"):
@@ -215,17 +218,21 @@ def _exchange_layer(patched: Any, name: str, cut: LayerCut, where: str) -> int:
     return made.weight.nbytes - weight.nbytes + (made.bias.nbytes - bias.nbytes if bias is not None else 0)
 
 
-def _plain(layer: Any) -> bool:
+def is_plain(layer: Any) -> bool:
+    """Whether a layer's weight is numbers that can be cut: no packed ones, and no narrow layer already."""
     wide = isinstance(layer, nn.Linear) and layer.weight.is_floating_point() and layer.weight.element_size() > 1
     return wide and not hasattr(layer, "set_weight")
 
 
 def _numbers(width: Mapping[str, Mapping[str, tuple[int, ...]]], groups: Iterable[WidthGroup]) -> dict[str, int]:
     """Attribute below the network → its value in the narrow blocks."""
+    return narrow_fields({(path, kind): len(units) for path, kinds in width.items() for kind, units in kinds.items()}, groups)
+
+
+def narrow_fields(counts: Mapping[tuple[str, str], int], groups: Iterable[WidthGroup]) -> dict[str, int]:
+    """The same from how many units of each group stay; an attention that keeps none computes its first head."""
     found = {}
     for group in groups:
-        if group.kind in width.get(group.path, {}):
-            count = len(width[group.path][group.kind]) or int(group.is_heads)
-            found |= {name: each * count for name, each in group.fields}
+        if group.key in counts:
+            found |= {name: each * (counts[group.key] or int(group.is_heads)) for name, each in group.fields}
     return found
-
