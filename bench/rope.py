@@ -1,6 +1,6 @@
 """The tiny model at 2× and 3× its training side with every way of stretching positions.
 
-    python bench/rope.py [--factors 2 3] [--count 16] [--steps 20] [--table] [--sheet FILE] [--keep FOLDER]
+    python bench/rope.py [--factors 2 3] [--count 16] [--steps 20] [--table] [--sheet FILE] [--keep FOLDER] [--only METHOD:SCALE:ON …]
 
 Real pictures of a size are made from the 32 held-out emoji of bench/pictures: each one enlarged by Lanczos, and as many grids of
 factor × factor different ones, untouched. Two distances to them, both with the same prompts, seeds and places for every method:
@@ -16,6 +16,7 @@ The two spreads: standard deviation over 8 draws of half of the pictures. `of_pl
 from __future__ import annotations
 
 import argparse
+import csv
 import statistics
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -25,18 +26,22 @@ import torch
 import torch.nn.functional as F
 from feature_distance import Judge, kernel_distance, views
 from held_out import load_held_out
-from table import write_table
+from table import RESULTS, surroundings, write_table
 
 METHODS = (
     "none", "position_interpolation", "ntk", "frequency_aware", "time_aware", "time_switch", "vision_ntk", "vision_yarn", "ntk_by_parts",
     "resonance_yarn",
 )  # fmt: skip
-PLANS = (*((method, "off") for method in METHODS), ("none", "paper_log"), ("vision_ntk", "paper_log"), ("vision_ntk", "fit_code"))
+PLANS = (  # method, attention scale, what it acts on
+    *((method, "off", "all") for method in METHODS), ("none", "paper_log", "all"), ("none", "paper_log", "picture"),
+    ("vision_ntk", "paper_log", "all"), ("vision_ntk", "paper_log", "picture"), ("vision_ntk", "fit_code", "all"),
+    ("vision_yarn", "paper_log", "all"), ("vision_yarn", "paper_log", "picture"),
+)  # fmt: skip
 TRAINED = 8  # tokens a side: 64 pixels, 4 a latent cell, 2 cells a token
 PATCH, PLACES, DIRECTIONS, SMALLEST = 7, 64, 128, 16
 HEADER = (
-    "factor", "method", "attention_scale", "pictures", "steps", "features", "features_spread", "of_plain", "whole", "part", "sliced",
-    "sliced_spread",
+    "factor", "method", "attention_scale", "apply_to", "pictures", "steps", "features", "features_spread", "of_plain", "whole", "part",
+    "sliced", "sliced_spread",
 )  # fmt: skip
 
 
@@ -88,13 +93,13 @@ def distances(pictures: torch.Tensor, real: torch.Tensor) -> list[float]:
     return found
 
 
-def draw(tiny, plan: tuple[str, str], factor: int, count: int, steps: int) -> torch.Tensor:
-    """Pictures (count, 3, side, side) in 0…1 of the first held-out captions, CFG 3, Euler, a seed each. plan: method, attention scale."""
+def draw(tiny, plan: tuple[str, str, str], factor: int, count: int, steps: int) -> torch.Tensor:
+    """Pictures (count, 3, side, side) in 0…1 of the first held-out captions, CFG 3, Euler, a seed each. plan: one of PLANS."""
     from rectiflow.accel.attention.rope import RopePlan, attach
     from rectiflow.accel.attention.rope_spectrum import RopeScaling
 
     captions = [entry.caption for entry, _ in load_held_out()][:count]
-    model = attach(tiny.model, RopePlan(RopeScaling(plan[0], (TRAINED, TRAINED)), plan[1]), "bench")
+    model = attach(tiny.model, RopePlan(RopeScaling(plan[0], (TRAINED, TRAINED)), *plan[1:]), "bench")
     latent = tiny.sample(captions, tiny.noise(range(count), (64 * factor, 64 * factor)), model=model, steps=steps)
     return tiny.vae.decode(latent).movedim(-1, 1).float().clamp(0.0, 1.0)
 
@@ -125,16 +130,31 @@ def figures(pictures: torch.Tensor, features: dict[str, torch.Tensor], real: Rea
     }  # fmt: skip
 
 
-def measured(tiny, factor: int, count: int, steps: int, keep: Path | None) -> tuple[list[tuple], list[torch.Tensor]]:
+def kept_rows(factor: int, count: int, steps: int) -> list[tuple]:
+    """The rows of the table of this factor that were drawn with as many pictures and steps, with the machine and versions they have."""
+    path = RESULTS / f"rope_{factor}x.csv"
+    with open(path, newline="") as file:
+        found = [{"apply_to": "all", **row} for row in csv.DictReader(file)]
+    return [tuple(row.values()) for row in ordered(found) if (row["pictures"], row["steps"]) == (str(count), str(steps))]
+
+
+def ordered(rows: list[dict]) -> list[dict]:
+    about = [name for name in surroundings() if name in rows[0]]
+    return [{name: row[name] for name in (*HEADER, *about)} for row in rows]
+
+
+def measured(
+    tiny, plans: Sequence[tuple[str, str, str]], factor: int, count: int, steps: int, keep: Path | None, plain: float = 0.0
+) -> tuple[list[tuple], list[torch.Tensor]]:
     judge, pictures = Judge(tiny), real_pictures(factor)
     real = Real(pictures, {name: judge.features(seen) for name, seen in views(pictures).items()})
-    rows, drawn, plain = [], [], 0.0
-    for plan in PLANS:
+    rows, drawn = [], []
+    for plan in plans:
         pictures = draw(tiny, plan, factor, count, steps)
         found = figures(pictures, {name: judge.features(seen) for name, seen in views(pictures).items()}, real)
         plain = plain or found["features"]
         found |= {"of_plain": found["features"] / plain}
-        rows.append((factor, *plan, count, steps, *(round(found[name], 3) for name in HEADER[5:])))
+        rows.append((factor, *plan, count, steps, *(round(found[name], 3) for name in HEADER[6:])))
         print(*rows[-1], flush=True)
         drawn.append(pictures[:2])
         if keep:
@@ -159,17 +179,23 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--count", type=int, default=16, help="pictures of a method, 4 to 32")
     parser.add_argument("--steps", type=int, default=20)
     parser.add_argument("--table", action="store_true", help="keep the figures as bench/results/rope_2x.csv and so on")
+    parser.add_argument("--only", nargs="+", metavar="METHOD:SCALE:ON", help="measure these, and put them into the table")
     parser.add_argument("--sheet", type=Path, help="write pictures of every plan; the factor is put before the suffix")
     parser.add_argument("--keep", type=Path, metavar="FOLDER", help="keep the pictures, uint8 tensors, a file a plan")
     given = parser.parse_args(arguments)
     with use_host(make_host()), torch.inference_mode():
         tiny = TinyRuns(make_host())
         for factor in given.factors:
-            found, drawn = measured(tiny, factor, given.count, given.steps, given.keep)
+            kept = kept_rows(factor, given.count, given.steps) if given.only else []
+            plans = [tuple(name.split(":")) for name in given.only] if given.only else PLANS
+            plain = next((float(row[HEADER.index("features")]) for row in kept if row[1:4] == PLANS[0]), 0.0)
+            found, drawn = measured(tiny, plans, factor, given.count, given.steps, given.keep, plain)
             if given.sheet:
                 sheet(drawn, given.sheet.with_stem(f"{given.sheet.stem}_{factor}x"))
             if given.table:
-                write_table(f"rope_{factor}x", HEADER, found)
+                about = surroundings()
+                now = {row[1:4]: row for row in kept} | {row[1:4]: (*row, *about.values()) for row in found}
+                write_table(f"rope_{factor}x", (*HEADER, *about), [now[plan] for plan in PLANS if plan in now])
 
 
 if __name__ == "__main__":
