@@ -17,7 +17,7 @@ import torch
 
 from ...errors import input_error
 from ...families.cost import forward_cost
-from ...families.mlps import MlpSite, chosen_sites
+from ...families.mlps import MlpSite, chosen_sites, mlp_sites
 from ...families.tokens import TokenSpec, token_spec
 from ..cache.binding import RUN as CACHE_RUN
 from ..cache.clock import StepClock
@@ -91,6 +91,7 @@ class _Run:
     spec: TokenSpec
     network: torch.nn.Module
     sites: tuple[MlpSite, ...]
+    beside: tuple[str, ...]  # MLPs over the image alone that run whole
     batch: int
     shape: tuple[int, ...]
     grid: TokenGrid
@@ -152,7 +153,7 @@ class _Run:
         if not skips and self.store is None or self.phase == "whole":
             return None
         even = self.count if self.always is None else None
-        return SkipCall(self.sites, self.chosen if skips else None, even, self.grid.count, text, keys, self.store)
+        return SkipCall(self.sites, self.chosen if skips else None, even, self.grid.count, text, keys, self.store, self.beside)
 
     def count_call(self, call: SkipCall | None, text: int) -> None:
         skipped = call is not None and call.chosen is not None and bool(call.ran)
@@ -203,7 +204,8 @@ def _opened(plan: TokenSkip, where: str, guider: Any, noise: torch.Tensor, sigma
     log = SkipLog()
     log.settings, log.mlps, log.tokens = plan.line(), len(sites), (grid.count, float(grid.count))
     clock = StepClock(tuple(sigmas.tolist()))
-    return _Run(plan, spec, network, sites, len(noise), tuple(noise.shape), grid, clock, store, always, log)
+    beside = tuple(site.path for site in mlp_sites(network, where) if site.kind == "image" and site not in sites)
+    return _Run(plan, spec, network, sites, beside, len(noise), tuple(noise.shape), grid, clock, store, always, log)
 
 
 def _sampling(plan: TokenSkip, log: SkipLog, where: str, executor: Any, args: tuple, kwargs: dict) -> Any:

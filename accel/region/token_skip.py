@@ -133,8 +133,9 @@ class _Product(TorchFunctionMode):
 class SkipCall:
     """One model call. chosen: (b, n) bool, the image's tokens whose MLP runs, or None for a whole call that only keeps outputs.
 
-    even: tokens of each picture in `chosen` where all have as many. keys: one a condition in the batch. text: tokens of text in the call;
-    tokens: of the picture. store: where outputs are kept, or None.
+    even: tokens of each picture in `chosen` where all have as many. keys: one a condition in the batch. text: tokens of text in the call,
+    for networks whose image is nowhere apart; tokens: of the picture. store: where outputs are kept, or None. beside: paths of MLPs over
+    the image alone that run whole: from those the length of the text is read, which another node may have made longer.
     """
 
     sites: Sequence[MlpSite]
@@ -144,16 +145,22 @@ class SkipCall:
     text: int
     keys: Sequence[Hashable]
     store: MlpStore | None
+    beside: Sequence[str] = ()
     ran: set[str] = field(default_factory=set)  # paths that did what they should
     whole: set[str] = field(default_factory=set)  # paths that did not, being of another length or no plain layers
+    _image: int = 0  # rows of the picture and of references, once an MLP over them has run
     _flat: dict[tuple[int, int, int], torch.Tensor] = field(default_factory=dict)
     _open: list[Any] = field(default_factory=list)
 
     @contextmanager
     def on(self, network: nn.Module) -> Iterator[None]:
         """Hooks on the MLPs of `network`, which stand for this call alone."""
-        handles = []
+        def see(module: nn.Module, args: tuple) -> None:
+            self._image = args[0].shape[1]
+
+        handles, self._image = [], 0
         try:
+            handles += [network.get_submodule(path).register_forward_pre_hook(see) for path in self.beside]
             for site in self.sites:
                 module = network.get_submodule(site.path)
                 if site.kind == "fused":
@@ -183,7 +190,10 @@ class SkipCall:
 
     def _text(self, site: MlpSite, length: int) -> int | None:
         """Rows of text in front of the image in a site's tokens, or None where the picture's tokens are not all there."""
-        text = 0 if site.kind == "image" else length - self.tokens if site.kind == "joint" else self.text
+        if site.kind == "fused":
+            text = length - self._image if self._image else self.text
+        else:
+            text = 0 if site.kind == "image" else length - self.tokens
         return text if 0 <= text <= length - self.tokens else None
 
     # An MLP of its own
@@ -193,6 +203,7 @@ class SkipCall:
 
         def take(module: nn.Module, args: tuple):
             x = args[0]  # (b, n, d)
+            self._image = x.shape[1] if site.kind == "image" else 0
             text = self._text(site, x.shape[1])
             shapes.append(None if text is None else (*x.shape[:2], text))
             if text is None or self.chosen is None:
@@ -247,8 +258,9 @@ class SkipCall:
             caught.append(mode.caught)
 
         def before_first(layer: nn.Module, args: tuple) -> None:
-            fits = self.chosen is not None and self._text(site, args[0].shape[1]) is not None
-            enter(layer, (lambda x, w, b=None: self._make_hidden(x, w, b, hidden)) if fits else F.linear)
+            text = self._text(site, args[0].shape[1])
+            fits = self.chosen is not None and text is not None
+            enter(layer, (lambda x, w, b=None: self._make_hidden(x, w, b, hidden, text)) if fits else F.linear)
 
         def before_second(layer: nn.Module, args: tuple) -> None:
             text = self._text(site, args[0].shape[1])
@@ -259,12 +271,12 @@ class SkipCall:
         hooks = [first.register_forward_pre_hook(before_first), first.register_forward_hook(leave, always_call=True)]
         return [*hooks, second.register_forward_pre_hook(before_second), second.register_forward_hook(leave, always_call=True)]
 
-    def _make_hidden(self, x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, hidden: int) -> torch.Tensor:
+    def _make_hidden(self, x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, hidden: int, text: int) -> torch.Tensor:
         """[qkv | hidden] of all rows, hidden being zero where it does not run, as it is behind an activation too."""
         batch, length, _ = x.shape
         split = weight.shape[0] - hidden
         biases = (None, None) if bias is None else bias.split((split, hidden))
-        rows = self.rows(batch, length, self.text)
+        rows = self.rows(batch, length, text)
         out = x.new_zeros(batch * length, weight.shape[0])
         out[:, :split] = F.linear(x.flatten(0, 1), weight[:split], biases[0])
         out[:, split:].index_copy_(0, rows, F.linear(x.flatten(0, 1).index_select(0, rows), weight[split:], biases[1]))

@@ -46,7 +46,7 @@ class Direct:
     """A network of a family called without a sampler."""
 
     def __init__(self, family: str, batch: int = 2):
-        self.model, self.family, self.batch = toy(family), family, batch
+        self.model, self.family, self.batch, self.length = toy(family), family, batch, TEXT
         self.network = self.model.model.diffusion_model
         self.sites = mlp_sites(self.network, "test")
         self.given = {"context": random(batch, TEXT, 20, seed=31)}
@@ -84,7 +84,7 @@ class Direct:
             module = self.network.get_submodule(site.path)
             if site.kind != "fused":
                 def put(layer, args, out, site=site):
-                    text = 0 if site.kind == "image" else TEXT
+                    text = 0 if site.kind == "image" else self.length
                     old = torch.zeros_like(out) if last is None else last[site.path]
                     out = torch.where(keep(out.shape[1], text), out, old)
                     if kept is not None:
@@ -99,7 +99,7 @@ class Direct:
                 attention = torch.nn.functional.linear(x[..., :split], layer.weight[:, :split], layer.bias)
                 part = torch.nn.functional.linear(x[..., split:], layer.weight[:, split:])
                 old = torch.zeros_like(part) if last is None else last[site.path]
-                part = torch.where(keep(x.shape[1], TEXT), part, old)
+                part = torch.where(keep(x.shape[1], self.length), part, old)
                 if kept is not None:
                     kept[site.path] = part.clone()
                 return attention + part
@@ -162,6 +162,28 @@ def test_one_layer_in_two_is_exact_with_functions_on_its_weight():
     for layer in layers:
         layer.weight_function.clear()
     assert (direct() - plain).abs().max() > 1e-2
+
+
+@pytest.mark.parametrize("which", ["all", "single"])
+def test_text_that_another_node_made_longer_is_read_off_the_blocks(which):
+    """Two copies of the text, as pictures packed into one sequence have: the image's rows stand behind both."""
+    direct = Direct("flux")
+
+    def twice(given):
+        return {**given, "txt": given["txt"].repeat(1, 2, 1), "txt_ids": given["txt_ids"].repeat(1, 2, 1)}
+
+    direct.given["transformer_options"] = {"patches": {"post_input": [twice]}}
+    everything = direct.sites
+    if which == "single":
+        direct.sites = tuple(site for site in everything if site.kind == "fused")
+    direct.length = 2 * TEXT
+    chosen = drawn(2, 20)
+    expected = direct(direct.masked(chosen))
+    beside = [site.path for site in everything if site not in direct.sites]
+    call = SkipCall(direct.sites, chosen, 20, 48, TEXT, ("one",), None, beside)
+    found = direct(call.on(direct.network))
+    assert (found - expected).abs().max() <= 1e-6 * expected.abs().max() and not call.whole
+    assert (found - direct()).abs().max() > 1e-3
 
 
 def test_layers_that_are_not_plain_compute_whole_and_are_named():
