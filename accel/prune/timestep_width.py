@@ -30,10 +30,10 @@ from ...families.cost import ForwardCost, forward_cost, token_kind
 from ...families.stack import StackBlock, State
 from ...families.tokens import token_spec
 from ...families.width import Span, WidthGroup
-from .compact import NarrowWeights
+from .compact import NarrowWeights, layer_cuts
 from .width import groups_of
 
-__all__ = ["Contributions", "WidthTable", "solved", "time_groups", "unit_flops"]
+__all__ = ["Contributions", "WidthTable", "bucket_of", "slice_bytes", "solved", "time_groups", "unit_flops", "whole_flops"]
 
 Key = tuple[str, str]  # block path, kind of units
 
@@ -47,7 +47,8 @@ def bucket_of(sigma: float, buckets: int) -> int:
 class WidthTable:
     """kept: for each bucket of sigma from 0 up, (block path, kind) → units that stay, of those that do not stay whole.
 
-    model: hash of the model it was made on. flops: of each bucket's network, 1 being the whole one.
+    model: hash of the model it was made on. flops: of each bucket's network, 1 being the whole one. slice_bytes: what the narrower layers
+    of one bucket take, of the one where they take most.
     """
 
     family: str
@@ -55,6 +56,7 @@ class WidthTable:
     kept: tuple[Mapping[Key, tuple[int, ...]], ...]
     flops: tuple[float, ...]
     counts: Mapping[Key, int] = field(default_factory=dict)
+    slice_bytes: int = 0
 
     @property
     def buckets(self) -> int:
@@ -74,7 +76,7 @@ class WidthTable:
                 shares[name] = f"{left} of {sum(mine.values())} {name}"
             low, high = place / self.buckets, (place + 1) / self.buckets
             rows.append(f"sigma {low:.2f} to {high:.2f}: {', '.join(shares.values())}; {self.flops[place]:.1%} of the FLOPs")
-        return "\n".join([head, *rows])
+        return "\n".join([head, *rows, f"as slices: {self.slice_bytes / 2**20:.1f} MiB beside the model at most"])
 
 
 def time_groups(model: Any, where: str) -> tuple[WidthGroup, ...]:
@@ -204,6 +206,16 @@ def solved(
         {key: tuple(unit for unit in range(counts[key]) if unit not in units) for key, units in found.items()} for found in gone
     )  # fmt: skip
     return kept, tuple(1.0 - part / whole for part in saved)
+
+
+def slice_bytes(kept: Mapping[Key, tuple[int, ...]], groups: tuple[WidthGroup, ...], network: nn.Module) -> int:
+    """Of the narrower layers of one bucket."""
+    total = 0
+    for name, cut in layer_cuts(kept, groups, network.get_submodule).items():
+        layer = network.get_submodule(name)
+        rows, columns = cut.shape(layer)
+        total += (rows * columns + (0 if layer.bias is None else rows)) * layer.weight.element_size()
+    return total
 
 
 def whole_flops(cost: ForwardCost, image: int, text: int) -> float:

@@ -29,7 +29,7 @@ from .apply import stack_under
 from .compact import is_plain, layer_cuts, narrow_fields, narrow_layer
 from .gates import gate_blocks
 from .identity import model_hash
-from .timestep_width import Contributions, Key, WidthTable, bucket_of, solved, time_groups, unit_flops, whole_flops
+from .timestep_width import Contributions, Key, WidthTable, bucket_of, slice_bytes, solved, time_groups, unit_flops, whole_flops
 
 __all__ = ["EXECS", "apply_width_table", "made_table", "with_units"]
 
@@ -76,7 +76,7 @@ def made_table(
         got = f"{sorted(unseen)[0]}, whose layers another node has exchanged"
         raise input_error(where, "model", got, "layers as they were loaded", "Make the table of the model before that node.")
     kept, flops = solved([seen.scores(place) for place in range(buckets)], groups, cost, whole, target, where)
-    return WidthTable(*facts, kept, flops, counts)
+    return WidthTable(*facts, kept, flops, counts, max(slice_bytes(left, groups, network) for left in kept))
 
 
 def apply_width_table(model: Any, table: WidthTable, how: str, where: str) -> Any:

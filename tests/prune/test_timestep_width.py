@@ -241,6 +241,24 @@ def test_a_run_keeps_no_copies_and_an_interrupt_neither():
     assert not any(module._forward_pre_hooks for module in model.model.diffusion_model.modules())
 
 
+def test_slices_take_what_the_table_says():
+    """The largest of what is held in any bucket of a run."""
+    model, x = toy("flux"), noise(1, SIZE)
+    table = table_of(model)
+    narrow = apply_width_table(model, table, "slice", WHERE)
+    states = [cell.cell_contents for wrapper in narrow.wrappers["apply_model"].values() for one in wrapper
+              for cell in one.__closure__ if hasattr(cell.cell_contents, "blocks")]  # fmt: skip
+    held = []
+
+    def look(*_):
+        own = {id(weight): weight for block in model.model.diffusion_model.modules() for weight in block.parameters(recurse=False)}
+        made = {id(weight): weight for block in states[0].blocks.values() for weight in block.parameters() if id(weight) not in own}
+        held.append(sum(weight.nbytes for weight in made.values()))
+
+    sample(narrow, x, callback=look)
+    assert max(held) == table.slice_bytes > 0 and f"{table.slice_bytes / 2**20:.1f} MiB" in table.text()
+
+
 def test_two_conditions_alternate_with_training_free_calls():
     """A guider's own call outside of a run passes by sigma as well."""
     model, x = toy("sd3"), noise(1, SIZE)
