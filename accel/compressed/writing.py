@@ -13,7 +13,6 @@ not written, and the blocks behind them move up, so that loaders that count bloc
 
 from __future__ import annotations
 
-import zlib
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
@@ -199,7 +198,7 @@ def _patched(model: Any, name: str, layer: QuantLinear, changed: Changed) -> tup
     base = layer.numbers(layer.stored.with_codes(codes))
     patched = layer.narrowed(changed(key, layer.widened(base)))
     if layer.lora == "requant":
-        return layer.stored.requantised(layer.into_basis(patched), zlib.crc32(key.encode())), layer.added
+        return layer.stored.with_codes(codes).requantised(layer.into_basis(patched)), layer.added
     added = factors(patched - base, float(base.norm()))
     if layer.added is not None:
         added = factors(product(*added) + product(*layer.added), float(base.norm()))

@@ -9,7 +9,7 @@ What a patcher does with a layer, and what this one answers:
 - it copies options deeply: a copy of this layer is the layer itself;
 - it moves models with `.to(device)` and `.to(dtype)`: places change, dtypes of codes and scales never do;
 - it exchanges `weight` for a LoRA's sum and puts the old tensor back later: `convert_weight` gives the numbers in the basis the LoRA was
-  trained in, `set_weight` takes the sum. Policy requant: codes are drawn anew on the same grids, by chance from the key's seed. Policy
+  trained in, `set_weight` takes the sum. Policy requant: codes move on the same grids, as far along the LoRA as it is long. Policy
   bypass: the codes stay and what was added is kept beside them in factors of its rank, y += (x Aᵀ) Bᵀ. The factors belong to the parameter
   that was set with them; once the host puts its backup back they are gone;
 - it leaves functions in `weight_function` where memory is short: then the weight is handed out as numbers, the functions run on those, and
@@ -180,7 +180,8 @@ class QuantLinear(nn.Module):
     def set_weight(
         self, weight: torch.Tensor, inplace_update: bool = False, seed: int | None = None, return_weight: bool = False, **kwargs: Any
     ) -> torch.Tensor | None:
-        """Take a patched weight (n, k) by the layer's policy; with `return_weight` the codes are returned and the layer stays."""
+        """Take a patched weight (n, k) by the layer's policy; with `return_weight` the codes are returned and the layer stays. The seed, by
+        which hosts round to short floating point, is not needed."""
         if self._handing_out:
             return weight
         weight = self.narrowed(weight)
@@ -190,7 +191,7 @@ class QuantLinear(nn.Module):
             self.weight = nn.Parameter(self.weight.data, requires_grad=False)
             self._added = (self.weight, a.to(base.device), b.to(base.device))
             return None
-        codes = self.stored.requantised(self.into_basis(weight.float()), seed)
+        codes = self.stored.requantised(self.into_basis(weight.float()))
         if return_weight:
             return codes
         if inplace_update:
