@@ -8,6 +8,7 @@ import pytest
 import torch
 from rectiflow.errors import NodeInputError
 from rectiflow.host import CFGGuider, InterruptProcessingException, load_lora_for_models
+from rectiflow.host.embedded import HostSettings, make_host, use_host
 from rectiflow.nodes.training import (
     RectiflowFeatureLoss,
     RectiflowLatentDataset,
@@ -15,6 +16,7 @@ from rectiflow.nodes.training import (
     RectiflowTrainParams,
     RectiflowTrainTarget,
 )
+from rectiflow.tests.contract.tiny_runs import TinyRuns
 from rectiflow.train.host_model import checkpoint_blocks, train_inside, trainable_weights
 from rectiflow.train.params import ParamSubset, attach
 
@@ -88,6 +90,26 @@ def test_the_stock_loader_gives_what_was_trained(chosen, tiny):
     patcher.detach()
     relative = (velocity_of(loaded, tiny) - wrapped).norm() / wrapped.norm()
     assert relative < 1e-5
+
+
+def test_in_bf16_the_stock_loader_is_as_near_as_bf16_itself(tiny, tmp_path):
+    """The loader rounds W + Δ once, the adapter in memory rounds Δ and the sum: both are off by what bf16 takes from the whole network."""
+    host = make_host(tmp_path, settings=HostSettings(device="cpu", dtype="bf16"))
+    with use_host(host), torch.inference_mode(False):
+        half = TinyRuns(host)
+        patcher = half.model.clone()
+        additions = attach(patcher, ParamSubset(rank=4), 0, "test")
+        draw = torch.Generator().manual_seed(1)
+        with torch.no_grad():
+            for module in additions.modules.values():
+                module.up.copy_(0.02 * torch.randn(module.up.shape, generator=draw))
+            wrapped, plain = velocity_of(patcher, half), velocity_of(half.model, half)
+        patcher.detach()
+        loaded = velocity_of(load_lora_for_models(half.model, None, additions.export(additions.params()), 1.0, 0.0)[0], half)
+        half.model.detach()
+    full = velocity_of(tiny.model, tiny)
+    rounding, change = (plain - full).norm() / full.norm(), (wrapped - plain).norm() / plain.norm()
+    assert (loaded - wrapped).norm() / wrapped.norm() < 1.5 * rounding and change > 3 * rounding
 
 
 def gradients(tiny, checkpointing: bool) -> dict[str, torch.Tensor]:
