@@ -115,14 +115,18 @@ def load_diffusion_model_state_dict(sd: dict[str, torch.Tensor], model_options: 
 
 
 def _adopting(operations: type) -> type:
-    """ComfyUI's `operations` with linear layers that take a state dict's tensors as they are."""
+    """ComfyUI's `operations` with linear layers that take a state dict's tensors as they are.
+
+    Parameters ask for a gradient as those of `operations` do: torch folds a product over strided input by that flag, and with another form
+    of it the last bits would not be those of the model that was saved.
+    """
 
     class Linear(operations.Linear):
         def __init__(self, in_features: int, out_features: int, bias: bool = True, device=None, dtype: torch.dtype | None = None):
             super().__init__(1, 1, bias=bias, device=device, dtype=dtype)
             self.in_features, self.out_features = in_features, out_features
             for name, own in list(self.named_parameters(recurse=False)):
-                setattr(self, name, torch.nn.Parameter(own.new_empty(0), requires_grad=False))
+                setattr(self, name, torch.nn.Parameter(own.new_empty(0), requires_grad=own.requires_grad))
 
         def _load_from_state_dict(self, state_dict, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs):
             for name, shape in (("weight", (self.out_features, self.in_features)), ("bias", (self.out_features,))):
@@ -134,6 +138,6 @@ def _adopting(operations: type) -> type:
                 elif tuple(given.shape) != shape:
                     error_msgs.append(f"size mismatch for {prefix}{name}: {tuple(given.shape)} in the file, {shape} in the model")
                 else:
-                    setattr(self, name, torch.nn.Parameter(given.to(own.dtype), requires_grad=False))
+                    setattr(self, name, torch.nn.Parameter(given.to(own.dtype), requires_grad=own.requires_grad))
 
     return type("AdoptingOperations", (operations,), {"Linear": Linear})

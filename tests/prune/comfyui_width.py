@@ -39,6 +39,8 @@ def lora(model, to) -> object:
 def answers(pack: str, nodes: dict, name: str) -> dict:
     compact, width = (importlib.import_module(f"{pack}.accel.prune.{module}") for module in ("compact", "width"))
     toy = Toy(nodes, FAMILIES[name], 0.1)
+    # ComfyUI leaves this flag off on a weight that it patched and put back, and torch folds products over strided input by it: last bits
+    toy.model.model.diffusion_model.requires_grad_(False)
     model, euler = toy.model, comfy.samplers.sampler_object("euler")
 
     def draw(of):
