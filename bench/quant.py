@@ -1,8 +1,9 @@
-"""How near few bits come: `python bench/quant.py [--part weights codes rotation model seeds lora flips]`.
+"""How near few bits come: `python bench/quant.py [--part weights codes speed rotation model seeds lora flips]`.
 
     quant_weights    SQNR in dB of weights by quantiser, at equal bits with every scale counted: a normal law, one with long tails, one with
                      one weight in a thousand ten times as large, and layers of the tiny model
     quant_core_codes codes of our int8 export beside comfy-kitchen's
+    quant_speed      an 8-bit linear layer of ours beside comfy-kitchen's
     quant_rotation   what rotations leave of an unquantised layer's output, and what they gain at 8 bits with four outlier channels
     quant_model      the tiny model in few bits: velocity SQNR over a schedule, bytes, and the final latent's distance
     quant_layers     its layers at W8A8: errors of weight and output, share of the velocity's error, what is kept
@@ -17,6 +18,7 @@ from __future__ import annotations
 
 import argparse
 import tempfile
+import time
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
@@ -33,6 +35,7 @@ from rectiflow.accel.quant.twin_log import reference_quantised
 from rectiflow.accel.quant.uniform import clipped_grid, int8_rows, int_tokens, min_max_grid
 from rectiflow.host import KSAMPLER, sample_custom
 from rectiflow.host.embedded import HostSettings, make_host, use_host
+from rectiflow.kernels.int8_linear import Int8Weight, int8_linear, prepare_int8
 from rectiflow.tests.contract.tiny_runs import TinyRuns
 from rectiflow.tiny.weights import load_weights
 from table import write_table
@@ -44,9 +47,10 @@ LAYERS = (
 SIGMA = 0.02
 PROMPTS = ("noto cat on white", "twemoji rocket on black")
 STEPS, CFG = 10, 3.0
-PARTS = ("weights", "codes", "rotation", "model", "seeds", "lora", "flips")
+PARTS = ("weights", "codes", "speed", "rotation", "model", "seeds", "lora", "flips")
 PROBED = range(20, 24)  # seeds of the velocity's error
 TARGETS = (35.0, 36.0)  # dB of Keep Sensitive Layers
+ROUNDS_OF_SPEED = 25
 LAST_BITS = 3e-7  # of a float32, as two hosts differ: a few last places
 LORA_SIZES, LORA_RANK = (0.05, 0.1, 0.2, 0.4), 4
 SETTINGS = (  # bits of weights and activations, method, group
@@ -139,6 +143,45 @@ def codes_part() -> None:
             apart = int((stored.codes.int() - theirs.int()).abs().max())
             rows.append([name, form, f"{equal:.6f}", apart, f"{scale:.1e}", peers_installed()])
     write_table("quant_core_codes", ["layer", "form", "equal_codes", "largest_difference", "scale_difference", "peers"], rows)
+
+
+def speed_part() -> None:
+    """An 8-bit linear layer of ours beside comfy-kitchen's eager one on the same codes: process time, interleaved rounds."""
+    try:
+        from comfy_kitchen import int8_linear as theirs
+    except ImportError:
+        print("comfy-kitchen is not installed: its speed is not compared")
+        return
+    rows = []
+    for width, out in ((768, 3072), (3072, 768)):
+        generator = torch.Generator().manual_seed(width)
+        x, w = torch.randn(1024, width, generator=generator), torch.randn(out, width, generator=generator) * SIGMA
+        bias = torch.zeros(out)
+        codes, scale = int8_rows(w)
+        whole, ready, row_scale = Int8Weight(codes, scale), prepare_int8(codes, scale), scale[:, None].contiguous()
+        x_half, w_half, bias_half = x.bfloat16(), w.bfloat16(), bias.bfloat16()
+        turn = convrot(width).turn(None)
+        cases = {
+            "linear, fp32": lambda x=x, w=w, b=bias: torch.nn.functional.linear(x, w, b),
+            "linear, bf16": lambda x=x_half, w=w_half, b=bias_half: torch.nn.functional.linear(x, w, b),
+            "ours, fp32 tokens": lambda x=x, w=whole, b=bias: int8_linear(x, w, b),
+            "ours, bf16 tokens": lambda x=x_half, w=whole, b=bias_half: int8_linear(x, w, b),
+            "ours prepared, fp32 tokens": lambda x=x, w=ready, b=bias: int8_linear(x, w, b),
+            "ours with convrot, fp32 tokens": lambda x=x, w=whole, b=bias, t=turn: int8_linear(x, w, b, 8, t),
+            "comfy-kitchen eager, fp32 tokens": lambda x=x, c=codes, s=row_scale, b=bias: theirs(x, c, s, b, torch.float32),
+            "comfy-kitchen eager, bf16 tokens": lambda x=x_half, c=codes, s=row_scale, b=bias_half: theirs(x, c, s, b, torch.bfloat16),
+            "comfy-kitchen eager with convrot, fp32 tokens":
+                lambda x=x, c=codes, s=row_scale, b=bias: theirs(x, c, s, b, torch.float32, convrot=True),
+        }  # fmt: skip
+        times: dict[str, list[float]] = {name: [] for name in cases}
+        for _ in range(ROUNDS_OF_SPEED):
+            for name, case in cases.items():
+                start = time.process_time()
+                case()
+                times[name].append(1000 * (time.process_time() - start))
+        size = f"1024 × {width} → {out}"
+        rows += [[size, name, f"{min(took):.1f}", f"{sorted(took)[len(took) // 2]:.1f}", peers_installed()] for name, took in times.items()]
+    write_table("quant_speed", ["size", "layer", "least_ms", "median_ms", "peers"], rows)
 
 
 def rotation_part() -> None:
@@ -327,6 +370,8 @@ def main() -> None:
         weights_part()
     if "codes" in given.part:
         codes_part()
+    if "speed" in given.part:
+        speed_part()
     if "rotation" in given.part:
         rotation_part()
     if not {"model", "seeds", "lora", "flips"} & set(given.part):
