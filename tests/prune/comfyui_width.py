@@ -61,10 +61,8 @@ def answers(pack: str, nodes: dict, name: str) -> dict:
     found["unloaded"] = unloaded(width, lora(model, masked), draw)
     none = width.width_plan(model, dict.fromkeys((group.key for group in groups), ()), groups, "test")
     found["nothing_left"] = distance(draw(compact.compact_model(model, none, "test")), draw(width.mask_model(model, none, BEFORE, "test")))
-    # Weights that a LoRA was merged into came back as copies elsewhere, and some processors' products depend on the last bit on where.
-    kinds = [(of, draw(of), first) for of, first in ((model, whole), (narrow, small), (masked, shown))]
-    found["came_back"] = max(distance(now, first) for _, now, first in kinds)
-    found["turns"] = sum(torch.equal(draw(of), now) for _ in range(7) for of, now, _ in kinds)
+    turns = [torch.equal(draw(of), first) for _ in range(7) for of, first in ((model, whole), (narrow, small), (masked, shown))]
+    found["turns"] = sum(turns)
     model.detach()
     found["low_rank"] = factored(importlib.import_module(f"{pack}.accel.prune.low_rank"), model, draw, whole)
     return found
