@@ -1,10 +1,9 @@
 """Measure the caches: `python bench/cache.py [--rounds N] [--steps 28 50] [--targets …]`. Prints a table, writes bench/results/cache.csv.
 
 Four prompts in one batch under guidance 3 on the tiny model, Euler on the model's own schedule, on the CPU. Every row is one cache against
-the uncached run of the same noise: ratio of processor times (median of the rounds, the two in turn;
-OMP_NUM_THREADS=1 makes them those of one thread, near the wall clock of a quiet machine), model calls, PSNR of the decoded pictures
-(mean and worst), relative error of the final latent (mean), most bytes kept. The first row, interval 1, is the price of the engine when
-it skips nothing.
+the uncached run of the same noise: ratio of processor times (median of the rounds, the two in turn; with OMP_NUM_THREADS=1 those of one
+thread, near the wall clock of a quiet machine), model calls, PSNR of the decoded pictures (mean and worst), relative error of the final
+latent (mean), most bytes kept. The first row, interval 1, is the price of the engine when it skips nothing.
 """
 
 from __future__ import annotations
