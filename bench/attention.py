@@ -31,6 +31,7 @@ from rectiflow.accel.attention.rettention import PATTERNS as KEPT_PATTERNS
 from rectiflow.accel.attention.rettention import Rettention, RettentionLog, attach_rettention, layout_for
 from rectiflow.families.tokens import TokenSpec
 from rectiflow.kernels.block_sparse_attention import BlockLayout, block_sparse_attention
+from rectiflow.metrics.fidelity import relative_errors
 from table import write_table
 
 GROUPED = ["tokens", "pattern", "sparsity", "dense_s", "grouped_s", "gain", "ideal", "of_ideal", "sdpa_of_ideal", "kept_mib", "max_error"]
@@ -143,7 +144,7 @@ def error_rows(seeds: int) -> list[list]:
             plan = Rettention(log, "bench", KEEP, warmup=5, period=period, ramp=ramp, use_ratio=ratio, use_residual=residual,
                               min_tokens=1, form="centred" if form == "either" else form)  # fmt: skip
             latent = tiny.sample(prompts, noise, steps=20, cfg=1.0, model=attach_rettention(tiny.model, plan))
-            error = ((latent - dense).flatten(1).norm(dim=1) / dense.flatten(1).norm(dim=1)).mean()
+            error = relative_errors(latent, dense).mean()
             rows.append([form, ratio, residual, ramp, period, seeds, f"{log.share:.3f}", f"{float(error):.4f}"])
     return rows
 

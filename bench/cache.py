@@ -21,7 +21,7 @@ from rectiflow.accel.cache.report import CacheLog
 from rectiflow.accel.cache.taylor import TaylorSeer
 from rectiflow.accel.cache.visits import CachePlan
 from rectiflow.host import CFGGuider, calculate_sigmas, prepare_noise, sampler_object
-from rectiflow.metrics.fidelity import psnr
+from rectiflow.metrics.fidelity import psnr, relative_errors
 from table import write_csv
 
 PROMPTS = ("noto cat on blue", "noto fox on green", "twemoji rocket on black", "noto watermelon on blue")
@@ -84,7 +84,7 @@ class Bench:
             latent, cached_seconds = self.sample(cached, steps)
             ratios.append(seconds / cached_seconds)
         decibels = psnr(self.vae.decode(latent), self.vae.decode(plain), where="bench")
-        error = float(((latent - plain).flatten(1).norm(dim=1) / plain.flatten(1).norm(dim=1)).mean())
+        error = float(relative_errors(latent, plain).mean())
         last = log.last
         return [
             steps, setting.target, setting.interval, setting.order, setting.basis, last.calls_made, last.calls,

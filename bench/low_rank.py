@@ -16,6 +16,7 @@ import torch
 from rectiflow import NODE_CLASS_MAPPINGS as NODES
 from rectiflow.accel.prune.low_rank import factor_modulation
 from rectiflow.host.embedded import HostSettings, make_host, use_host
+from rectiflow.metrics.fidelity import relative_errors
 from rectiflow.tests.contract.tiny_runs import TinyRuns
 from table import write_table
 
@@ -50,7 +51,7 @@ def main() -> None:
             before, after = (sum(getattr(layer, side) for layer in layers) for side in ("before", "after"))
             *_, decibels = NODES["RectiflowQuantReport"]().execute(reference=runs.model, model=model, **shown)
             found = latent(model)
-            far = ((found - exact).flatten(1).norm(dim=1) / exact.flatten(1).norm(dim=1)).mean()
+            far = relative_errors(found, exact).mean()
             errors, share = [layer.error for layer in layers], model.model_size() / runs.model.model_size()
             rows.append((
                 shared, rank, f"{after / before:.3f}", f"{share:.3f}", f"{statistics.mean(errors):.4f}",

@@ -36,6 +36,7 @@ from rectiflow.accel.quant.uniform import clipped_grid, int8_rows, int_tokens, m
 from rectiflow.host import KSAMPLER, sample_custom
 from rectiflow.host.embedded import HostSettings, make_host, use_host
 from rectiflow.kernels.int8_linear import Int8Weight, int8_linear, prepare_int8
+from rectiflow.metrics.fidelity import relative_errors
 from rectiflow.tests.contract.tiny_runs import TinyRuns
 from rectiflow.tiny.weights import load_weights
 from table import write_table
@@ -250,7 +251,7 @@ class Tiny:
     def distances(self, model, exact: torch.Tensor) -> list[float]:
         """Of each seed's final latent, relative to the fp32 model's."""
         found = self.latent(model, len(exact))
-        return ((found - exact).flatten(1).norm(dim=1) / exact.flatten(1).norm(dim=1)).tolist()
+        return relative_errors(found, exact).tolist()
 
 
 def model_part(tiny: Tiny, seeds: int) -> None:

@@ -41,6 +41,7 @@ from rectiflow.accel.region.report import RegionLog
 from rectiflow.host import CFGGuider, build_flux_model, calculate_sigmas, prepare_noise, sampler_object
 from rectiflow.host.embedded.latent_formats import Flux as FluxLatents
 from rectiflow.host.embedded.ldm.flux import Flux, FluxParams
+from rectiflow.metrics.fidelity import relative_errors
 from table import write_table
 
 SEEDS = range(1, 9)
@@ -176,7 +177,7 @@ def measure_mixed_error(steps: int = 12) -> None:
             tiny.sample("noto cat", x[part], model=attach_mixed_grain(tiny.model, MixedGrain(fine[part], **options), GrainLog(), "bench"),
                         steps=steps) for part in (slice(0, 4), slice(4, 8))
         ])  # fmt: skip
-        found[(ratio, by, *options.values())] = ((z - plain).flatten(1).norm(dim=1) / plain.flatten(1).norm(dim=1)).tolist()
+        found[(ratio, by, *options.values())] = relative_errors(z, plain).tolist()
     rows = []
     for case, errors in found.items():
         chance = found.get((case[0], "random", *case[2:]))
@@ -259,7 +260,7 @@ def measure_runs(rounds: int, pixels: int, together: bool, seeds: Sequence[int])
         for name, (model, steps, _) in methods.items():
             latents, seconds = runs.sample(model, steps)
             spans[name].append(statistics.mean(seconds))
-            errors[name] = ((latents - reference).flatten(1).norm(dim=1) / reference.flatten(1).norm(dim=1)).tolist()
+            errors[name] = relative_errors(latents, reference).tolist()
     rows = []
     for name, (_, _, setting) in methods.items():
         won = {mine: [near < far for near, far in zip(errors[mine], errors[name])] for mine in OURS}

@@ -23,7 +23,7 @@ from rectiflow.accel.cache.scheduled import ScheduledCache
 from rectiflow.accel.cache.search import even_steps
 from rectiflow.accel.cache.visits import CachePlan
 from rectiflow.host import CFGGuider, calculate_sigmas, prepare_noise, sampler_object
-from rectiflow.metrics.fidelity import psnr
+from rectiflow.metrics.fidelity import psnr, relative_errors
 from table import write_csv
 
 LEARN = ("noto watermelon on blue", "twemoji rocket on black", "noto dog on white", "twemoji apple on green")
@@ -67,7 +67,7 @@ class Bench:
         log = CacheLog()
         latent = self.sample(attach(self.model, plan, log, "bench"), prompts, 1, steps)
         decibels = psnr(self.vae.decode(latent), self.vae.decode(plain), where="bench")
-        errors = (latent - plain).flatten(1).norm(dim=1) / plain.flatten(1).norm(dim=1)
+        errors = relative_errors(latent, plain)
         return [
             log.last.calls_made, log.last.calls, f"{float(decibels.mean()):.1f}", f"{float(decibels.min()):.1f}",
             f"{float(errors.mean()):.4f}", f"{float(errors.max()):.4f}",

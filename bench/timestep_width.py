@@ -15,6 +15,7 @@ import statistics
 
 import torch
 from rectiflow.accel.prune.width_run import apply_width_table, made_table
+from rectiflow.metrics.fidelity import relative_errors
 from rectiflow.nodes.timestep_width import RectiflowApplyTimestepWidth, RectiflowTimestepWidthTable
 from region import SEEDS, Stamped, guided, wide_flux
 from table import write_table
@@ -68,7 +69,7 @@ def error_rows(steps: int) -> list[list]:
     sigmas = calculate_sigmas(tiny.model.get_model_object("model_sampling"), "simple", steps)[:-1].tolist()
 
     def row(z: torch.Tensor, *case) -> list:
-        errors = ((z - plain).flatten(1).norm(dim=1) / plain.flatten(1).norm(dim=1)).tolist()
+        errors = relative_errors(z, plain).tolist()
         return [*case, f"{statistics.mean(errors):.4f}", f"{max(errors):.4f}"]
 
     latent = {"samples": torch.zeros(1, 16, 16, 16)}

@@ -14,6 +14,7 @@ import statistics
 import torch
 from rectiflow.accel.region.skip_binding import SkipLog, attach_token_skip
 from rectiflow.accel.region.token_skip import REUSES, ROUTERS, TokenSkip
+from rectiflow.metrics.fidelity import relative_errors
 from region import SEEDS, Stamped, guided, wide_flux
 from table import write_table
 
@@ -61,7 +62,7 @@ def error_rows(steps: int) -> list[list]:
     plain = draw()
 
     def row(z: torch.Tensor, *case) -> list:
-        errors = ((z - plain).flatten(1).norm(dim=1) / plain.flatten(1).norm(dim=1)).tolist()
+        errors = relative_errors(z, plain).tolist()
         return [*case, f"{statistics.mean(errors):.4f}", f"{max(errors):.4f}"]
 
     cases = [(0.5, router, reuse) for router in ROUTERS for reuse in REUSES]

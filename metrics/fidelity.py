@@ -22,7 +22,7 @@ from torch import Tensor
 
 from ..errors import input_error
 
-__all__ = ["WINDOWS", "Figures", "figures", "mse", "picture_pair", "psnr", "region_weights", "ssim", "ssim_map"]
+__all__ = ["WINDOWS", "Figures", "figures", "mse", "picture_pair", "psnr", "region_weights", "relative_errors", "ssim", "ssim_map"]
 
 
 @dataclass(frozen=True)
@@ -208,3 +208,8 @@ def figures(
     error = mse(image, reference, mask, where)
     share = torch.ones_like(error) if mask is None else region_weights(mask, len(image), tuple(image.shape[1:3]), where).mean(dim=(1, 2))
     return Figures(error, _decibels(error, data_range), ssim(image, reference, mask, window, data_range, where), share)
+
+
+def relative_errors(found: Tensor, exact: Tensor) -> Tensor:
+    """‖found − exact‖/‖exact‖ of each latent of a batch, (b, …) twice → (b,)."""
+    return (found - exact).flatten(1).norm(dim=1) / exact.flatten(1).norm(dim=1)

@@ -27,6 +27,7 @@ from ...families.tokens import TokenSpec, attention_spec
 from ..region.binding import RUN as REGION_RUN
 from ..region.cells import BLOCK as GRAIN_BLOCK
 from ..region.grid import TokenGrid
+from ..runs import held_in_options
 from .heads import apart, joined
 
 __all__ = ["AttentionCall", "Handler", "Plan", "RunFacts", "attach", "detach"]
@@ -164,20 +165,17 @@ def _sampling(plan: Plan, where: str, executor: Any, args: tuple, kwargs: dict) 
     noise = kwargs["noise"] if "noise" in kwargs else args[0]
     sigmas = kwargs["sigmas"] if "sigmas" in kwargs else args[3]
     facts = RunFacts(tuple(sigmas.tolist()), tuple(noise.shape), spec, transformer, torch.device(patcher.load_device))
-    options = guider.model_options.setdefault("transformer_options", {})
-    before: _Run | None = options.get(RUN)
+    before: _Run | None = guider.model_options.get("transformer_options", {}).get(RUN)
     refiners = sum(len(getattr(transformer, name, ())) for name in ("context_refiner", "noise_refiner"))
     run = before if before is not None else _Run(spec, refiners)
     handler = plan.open(facts)
     run.handlers.append(handler)
-    options[RUN] = run
     try:
         _refuse_company(run.handlers, where)
-        return executor(*args, **kwargs)
+        with held_in_options(guider, RUN, run):
+            return executor(*args, **kwargs)
     finally:
         run.handlers.remove(handler)
-        if before is None:
-            options.pop(RUN, None)
         handler.close()
 
 

@@ -19,6 +19,7 @@ from ...families.decoupled import decoupled_spec
 from ...families.gated import gated_modules
 from ...families.modulation import modulated_input
 from ...metrics.stopwatch import DeviceClock
+from ..runs import held_in_options
 from .amplification import Sampling
 from .module_target import ModuleTarget
 from .report import CacheLog
@@ -133,26 +134,21 @@ def _sampling(plan: CachePlan, log: CacheLog, where: str, executor: Any, args: t
     clock = DeviceClock(torch.device(patcher.load_device))
     run = Run(plan, target, sigmas.tolist(), clock.device, decoupled_spec(transformer) or arch_spec(transformer), where)
     run.record.prompt = log.running()
-    options = guider.model_options.setdefault("transformer_options", {})
-    outer, order = options.get(RUN), options.get("wrappers", {}).get(APPLY)
-    options[RUN] = run
-    if order is not None:
-        options["wrappers"][APPLY] = {KEY: order[KEY], **order}
-    clock.synchronise()
-    start, finished = time.perf_counter(), False
-    try:
-        result = run.state.sample(Sampling(executor, args, kwargs, lambda continued: _without_run(options, continued)))
-        finished = True
-        return result
-    finally:
-        clock.synchronise()
-        log.add(run.close(time.perf_counter() - start, finished))
-        if outer is None:
-            options.pop(RUN, None)
-        else:
-            options[RUN] = outer
+    with held_in_options(guider, RUN, run) as options:
+        order = options.get("wrappers", {}).get(APPLY)
         if order is not None:
-            options["wrappers"][APPLY] = order
+            options["wrappers"][APPLY] = {KEY: order[KEY], **order}
+        clock.synchronise()
+        start, finished = time.perf_counter(), False
+        try:
+            result = run.state.sample(Sampling(executor, args, kwargs, lambda continued: _without_run(options, continued)))
+            finished = True
+            return result
+        finally:
+            clock.synchronise()
+            log.add(run.close(time.perf_counter() - start, finished))
+            if order is not None:
+                options["wrappers"][APPLY] = order
 
 
 def _without_run(options: dict, sample: Callable[[], torch.Tensor]) -> torch.Tensor:

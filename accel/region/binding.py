@@ -17,6 +17,7 @@ import torch
 from ...errors import input_error
 from ...families.tokens import TokenSpec, token_spec
 from ..cache.binding import RUN as CACHE_RUN
+from ..runs import held_in_options
 from .embed import NAMES, embed_patches, running
 from .hooks import PartialCall
 from .mixed_grain import KEY as GRAIN_KEY
@@ -89,21 +90,15 @@ def _sampling(plan: RegionPlan, spec: TokenSpec, log: RegionLog, where: str, exe
             kwargs = {**kwargs, "callback": preview}
         else:
             args = (*args[:_CALLBACK], preview, *args[_CALLBACK + 1 :])
-    options = executor.class_obj.model_options.setdefault("transformer_options", {})
-    outer = options.get(RUN)
-    options[RUN] = run
     start, finished = time.perf_counter(), False
     try:
-        result = executor(*args, **kwargs)
-        finished = True
-        if preview is not None:
-            preview.restore()
-        return result
+        with held_in_options(executor.class_obj, RUN, run):
+            result = executor(*args, **kwargs)
+            finished = True
+            if preview is not None:
+                preview.restore()
+            return result
     finally:
-        if outer is None:
-            options.pop(RUN, None)
-        else:
-            options[RUN] = outer
         log.add(run.close(time.perf_counter() - start, finished))
 
 

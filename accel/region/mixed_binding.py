@@ -15,6 +15,7 @@ from ...errors import input_error
 from ...families.cost import forward_cost
 from ...families.tokens import TokenSpec, token_spec
 from ..cache.clock import StepClock
+from ..runs import held_in_options
 from .binding import CALL_ARGUMENTS, is_attached, refuse_block_caches
 from .cells import GrainCells, grain_cells
 from .grid import TokenGrid
@@ -154,16 +155,11 @@ def _sampling(plan: MixedGrain, spec: TokenSpec, log: GrainLog, where: str, exec
     found.blocks = f"blocks {plan.first} to {last} of 0 to {len(spec.blocks) - 1}"
     transformer = guider.model_patcher.get_model_object("diffusion_model")
     run = _Run(plan, spec, tuple(noise.shape), StepClock(tuple(sigmas.tolist())), cells, transformer, found)
-    options = guider.model_options.setdefault("transformer_options", {})
-    outer, start = options.get(RUN), time.perf_counter()
-    options[RUN] = run
+    start = time.perf_counter()
     try:
-        return executor(*args, **kwargs)
+        with held_in_options(guider, RUN, run):
+            return executor(*args, **kwargs)
     finally:
-        if outer is None:
-            options.pop(RUN, None)
-        else:
-            options[RUN] = outer
         found.seconds, found.calls, found.runs = time.perf_counter() - start, tuple(run.made), log.runs + 1
         if cells.merged == cells.count:
             found.notes.append("no gain: no region of the map is coarse")

@@ -7,7 +7,6 @@ Nothing in the network changes and no token moves: attention, ControlNets and bl
 from __future__ import annotations
 
 import logging
-import math
 import time
 from collections.abc import Hashable, Sequence
 from dataclasses import dataclass, field
@@ -21,6 +20,7 @@ from ...families.mlps import MlpSite, chosen_sites, mlp_sites
 from ...families.tokens import TokenSpec, token_spec
 from ..cache.binding import RUN as CACHE_RUN
 from ..cache.clock import StepClock
+from ..runs import held_in_options
 from .binding import CALL_ARGUMENTS
 from .binding import RUN as REGION_RUN
 from .grid import TokenGrid
@@ -109,7 +109,7 @@ class _Run:
 
     @property
     def count(self) -> int:
-        return math.ceil(self.plan.ratio * self.grid.count - 1e-9)
+        return self.plan.count(self.grid.count)
 
     @property
     def enabled(self) -> bool:
@@ -200,7 +200,7 @@ def _opened(plan: TokenSkip, where: str, guider: Any, noise: torch.Tensor, sigma
     always = None
     if plan.always is not None:
         always = grid.pool(grid.from_mask(plan.always.cpu(), len(noise), where, "region_mask")) >= 0.5
-    store = MlpStore(plan.cap, where) if plan.keeps and math.ceil(plan.ratio * grid.count - 1e-9) < grid.count else None
+    store = MlpStore(plan.cap, where) if plan.keeps and plan.count(grid.count) < grid.count else None
     log = SkipLog()
     log.settings, log.mlps, log.tokens = plan.line(), len(sites), (grid.count, float(grid.count))
     clock = StepClock(tuple(sigmas.tolist()))
@@ -212,16 +212,11 @@ def _sampling(plan: TokenSkip, log: SkipLog, where: str, executor: Any, args: tu
     guider = executor.class_obj
     noise = kwargs["noise"] if "noise" in kwargs else args[0]
     run = _opened(plan, where, guider, noise, kwargs["sigmas"] if "sigmas" in kwargs else args[3])
-    options = guider.model_options.setdefault("transformer_options", {})
-    outer, start = options.get(RUN), time.perf_counter()
-    options[RUN] = run
+    start = time.perf_counter()
     try:
-        return executor(*args, **kwargs)
+        with held_in_options(guider, RUN, run):
+            return executor(*args, **kwargs)
     finally:
-        if outer is None:
-            options.pop(RUN, None)
-        else:
-            options[RUN] = outer
         found = run.log
         found.seconds, found.calls, found.runs = time.perf_counter() - start, tuple(run.made), log.runs + 1
         if run.store is not None:

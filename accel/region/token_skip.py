@@ -15,6 +15,7 @@ asks torch for it, so that casts, LoRAs and weight functions of the host have be
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Hashable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -65,6 +66,10 @@ class TokenSkip:
     @property
     def keeps(self) -> bool:
         return self.reuse == "cached_mlp_output"
+
+    def count(self, tokens: int) -> int:
+        """How many of an image's tokens run."""
+        return math.ceil(self.ratio * tokens - 1e-9)
 
     def line(self) -> str:
         return f"MLP for {self.ratio:.0%} of the tokens by {self.router}, {self.reuse}, blocks {self.blocks}"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
@@ -55,69 +56,52 @@ def test_a_missing_tensor_is_not_filled(both):
         diffusers_twin(state, (8, 28, 28))
 
 
-class Peer:
-    """A first-block cache of others on the twin. A subclass switches it on and off."""
+@contextmanager
+def in_diffusers(transformer: torch.nn.Module, threshold: float, steps: int):
+    """diffusers' first-block cache on the twin, inside; gives the name of the cache context that calls are made under."""
+    from diffusers import FirstBlockCacheConfig
 
-    branch: str | None = None  # the name of the cache context
-
-    def __init__(self, transformer: torch.nn.Module):
-        self.transformer = transformer
-
-    def on(self, threshold: float, steps: int) -> None:
-        raise NotImplementedError
-
-    def off(self) -> None:
-        raise NotImplementedError
+    transformer.enable_cache(FirstBlockCacheConfig(threshold))
+    try:
+        yield "cond"
+    finally:
+        transformer._reset_stateful_cache()
+        transformer.disable_cache()
 
 
-class InDiffusers(Peer):
-    branch = "cond"
+@contextmanager
+def in_cache_dit(transformer: torch.nn.Module, threshold: float, steps: int):
+    """cache-dit's DBCache after the first block, inside; it knows no contexts."""
+    cache_dit = pytest.importorskip("cache_dit", reason="pip install cache-dit==1.5.3")
+    from cache_dit.caching.block_adapters import BlockAdapterRegister
 
-    def on(self, threshold, steps):
-        from diffusers import FirstBlockCacheConfig
-
-        self.transformer.enable_cache(FirstBlockCacheConfig(threshold))
-
-    def off(self):
-        self.transformer._reset_stateful_cache()
-        self.transformer.disable_cache()
-
-
-class InCacheDit(Peer):
-    def on(self, threshold, steps):
-        self.cache_dit = cache_dit = pytest.importorskip("cache_dit", reason="pip install cache-dit==1.5.3")
-        from cache_dit.caching.block_adapters import BlockAdapterRegister
-
-        config = cache_dit.DBCacheConfig(
-            num_inference_steps=steps, enable_separate_cfg=False, Fn_compute_blocks=1, Bn_compute_blocks=0,
-            residual_diff_threshold=threshold, max_warmup_steps=1,
-        )  # fmt: skip
-        adapter = BlockAdapterRegister.get_adapter(self.transformer, has_separate_cfg=False)
-        self.adapter = cache_dit.enable_cache(adapter, cache_config=config)
-
-    def off(self):
-        self.cache_dit.disable_cache(self.adapter)
+    config = cache_dit.DBCacheConfig(
+        num_inference_steps=steps, enable_separate_cfg=False, Fn_compute_blocks=1, Bn_compute_blocks=0,
+        residual_diff_threshold=threshold, max_warmup_steps=1,
+    )  # fmt: skip
+    adapter = cache_dit.enable_cache(BlockAdapterRegister.get_adapter(transformer, has_separate_cfg=False), cache_config=config)
+    try:
+        yield None
+    finally:
+        cache_dit.disable_cache(adapter)
 
 
 @pytest.mark.parametrize("threshold", [0.05, 0.1, 0.2, 0.4])
-@pytest.mark.parametrize("kind", [InDiffusers, InCacheDit])
-def test_our_first_block_gate_skips_the_steps_that_others_skip(both, tiny, kind, threshold):
+@pytest.mark.parametrize("cached", [in_diffusers, in_cache_dit])
+def test_our_first_block_gate_skips_the_steps_that_others_skip(both, tiny, cached, threshold):
     """One condition, one picture: with more, they decide for each condition apart and on a mean over the batch, ours for all at once."""
     twin, steps, noise, log = both[1], 28, tiny.noise([1]), CacheLog()
-    peer = kind(twin.transformer)
     middle, theirs = [], []  # calls of the second block; whether a step made one
     sigmas, x = calculate_sigmas(tiny.model.get_model_object("model_sampling"), "simple", steps).tolist(), noise
-    peer.on(threshold, steps)
-    hook = twin.transformer.transformer_blocks[1].attn.to_q.register_forward_hook(lambda *_: middle.append(True))
-    try:
-        with torch.inference_mode():
+    with cached(twin.transformer, threshold, steps) as branch, torch.inference_mode():
+        hook = twin.transformer.transformer_blocks[1].attn.to_q.register_forward_hook(lambda *_: middle.append(True))
+        try:
             for sigma, following in zip(sigmas, sigmas[1:]):
                 before = len(middle)
-                x = x + (following - sigma) * twin.velocity(x, sigma, *both[2:], branch=peer.branch)
+                x = x + (following - sigma) * twin.velocity(x, sigma, *both[2:], branch=branch)
                 theirs.append(len(middle) > before)
-    finally:
-        hook.remove()
-        peer.off()
+        finally:
+            hook.remove()
 
     model = attach(tiny.model, CachePlan(FirstBlockGate(threshold=threshold), "block_delta", Limits(1, 0)), log, "test")
     latent = tiny.sample("noto cat on blue", noise, steps=steps, cfg=1.0, model=model)
