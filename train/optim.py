@@ -39,6 +39,7 @@ class Optim:
             `decay_steps`, so that a run may be prolonged or cut short at any step before these begin.
         floor: fraction of lr at the end. clip: largest gradient norm, 0 for none.
         factors: (regular expression over parameter names, multiple of lr); the first that matches counts. Not for Muon's matrices.
+        even_decay: AdamW's decay is times lr alone, not times a parameter's own multiple of it.
     """
 
     kind: str = "adamw"
@@ -55,6 +56,7 @@ class Optim:
     muon_for: str = r"blocks\..*weight$"
     muon_not_for: str = r"mod"
     factors: tuple[tuple[str, float], ...] = ()
+    even_decay: bool = False
 
     def __post_init__(self):
         object.__setattr__(self, "betas", tuple(self.betas))
@@ -92,9 +94,13 @@ def lr_factor(optim: Optim, step: int, steps: int) -> float:
 
 
 def orthogonal(matrices: Tensor) -> Tensor:
-    """Matrices (n, r, c) → about U Vᵀ of each singular value decomposition, in bf16: singular values land in 0.7…1.2."""
+    """Matrices (n, r, c) → about U Vᵀ of each singular value decomposition: singular values land in 0.7…1.2.
+
+    In bf16, which is enough, but for processors that have no bf16 products and emulate them at a quarter of the speed of fp32.
+    """
     a, b, c = NEWTON_SCHULZ
-    x = matrices.bfloat16()
+    emulated = matrices.device.type == "cpu" and not torch.cpu._is_avx512_bf16_supported()
+    x = matrices.float() if emulated else matrices.bfloat16()
     tall = x.shape[-2] > x.shape[-1]
     x = x.mT if tall else x
     x = x / (x.norm(dim=(-2, -1), keepdim=True) + 1e-7)
@@ -208,7 +214,11 @@ def _by_factor(optim: Optim, params: Mapping[str, nn.Parameter], others: set[str
         if name not in others:
             factor = next((factor for pattern, factor in optim.factors if re.search(pattern, name)), 1.0)
             groups.setdefault(factor, []).append(parameter)
-    return [{"params": members, "factor": factor} for factor, members in groups.items()]
+    made = [{"params": members, "factor": factor} for factor, members in groups.items()]
+    if optim.even_decay and optim.kind not in ("adam", "sgd"):  # these two have no decay
+        for group in made:
+            group["weight_decay"] = optim.weight_decay / group["factor"] if group["factor"] else 0.0
+    return made
 
 
 def _torch_optimizer(optim: Optim, params: list[dict]) -> torch.optim.Optimizer:
