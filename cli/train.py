@@ -90,7 +90,7 @@ def _train_tiny(recipe: dict[str, Any], given: argparse.Namespace) -> int:
     folder = RunFolder(Path(path), "rectiflow train")
     shipped = load_weights()
     if given.export:
-        return _export(folder, shipped, given.export)
+        return _export(folder, shipped, given.export, given.config)
     config = TrainConfig.from_table(recipe.get("train", {}), str(given.config))
     config = dataclasses.replace(config, steps_this_run=given.steps_this_run)
     if given.finish is not None:
@@ -126,7 +126,7 @@ def _finishing(config, folder, steps: int):
     return dataclasses.replace(config, steps=end, optim=optim)
 
 
-def _export(folder, shipped, target: Path) -> int:
+def _export(folder, shipped, target: Path, recipe: Path) -> int:
     from safetensors.torch import save
 
     from ..train.checkpoints import write_whole
@@ -137,7 +137,7 @@ def _export(folder, shipped, target: Path) -> int:
         print(line, file=sys.stderr)
     if checkpoint is None:
         raise CommandError(f"there is no whole checkpoint in {folder.path}; train first")
-    metadata = {"format": "pt", "steps": str(checkpoint.step), "recipe": "train/recipes/tiny.toml"}
+    metadata = {"format": "pt", "steps": str(checkpoint.step), "recipe": recipe.name}
     write_whole(target, save(weight_file(checkpoint.part("ema") or checkpoint.part("params"), shipped), metadata))
     print(f"step {checkpoint.step} → {target}")
     return 0

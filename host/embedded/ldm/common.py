@@ -94,9 +94,10 @@ def apply_rope(x: torch.Tensor, pe: torch.Tensor) -> torch.Tensor:
     """Rotate neighbouring channel pairs: out = pe @ (x[2i], x[2i+1]), computed in pe's dtype, returned in x's.
 
     x (…, d) and pe (…, d/2, 2, 2) with broadcasting axes in front. A table from rope() is applied as one complex product,
-    which is 3 to 6 times faster on a CPU; any other, such as one that a node gathered or cast, as a matrix product.
+    which is 3 to 6 times faster on a CPU; any other, such as one that a node gathered or cast, as a matrix product. So is every one
+    under torch.compile: it fuses the matrix product, and loses the conjugate in a complex product's gradient.
     """
-    rotations = _as_complex(pe)
+    rotations = None if torch.compiler.is_compiling() else _as_complex(pe)
     wide = x.to(pe.dtype)
     if rotations is not None and wide.stride(-1) == 1 and all(stride % 2 == 0 for stride in wide.stride()[:-1]):
         turned = torch.view_as_real(torch.view_as_complex(wide.unflatten(-1, (-1, 2))) * rotations)
