@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import hashlib
 import os
 import platform
 import subprocess
@@ -45,9 +46,18 @@ def _rectiflow() -> str:
     return f"{__version__} {commit}"
 
 
+def _weights() -> str:
+    """Eight digits of the hash of the shipped tiny model's file. Tables without this column were measured on its first weights."""
+    file = Path(__file__).parents[1] / "tiny" / "tiny-emoji-flux.safetensors"
+    return hashlib.sha256(file.read_bytes()).hexdigest()[:8]
+
+
 def surroundings(comfyui: str = "") -> dict[str, str]:
     """Columns that every table ends with; `comfyui` only where a bench ran inside it."""
-    about = {"rectiflow": _rectiflow(), "python": platform.python_version(), "torch": _installed("torch"), "machine": machine()}
+    about = {
+        "rectiflow": _rectiflow(), "tiny_weights": _weights(), "python": platform.python_version(), "torch": _installed("torch"),
+        "machine": machine(),
+    }  # fmt: skip
     return {**about, "comfyui": comfyui} if comfyui else about
 
 

@@ -57,7 +57,8 @@ def test_changes_of_blocks_that_add_known_numbers(tiny):
         expected = [1 / (0.5 * (count - 1) + 1 + t) if name.startswith("rear") else 0.0 for t in range(1, STEPS)]
         # Tokens of size 20 less themselves, in float32: offsets are exact to about 1e-5.
         assert change[0] is None and change[1:] == pytest.approx(expected, abs=2e-5)
-    assert record.findings["least change early"] == record.findings["least change late"] == "front 3 of 9, front 6 of 9"
+    # Front and middle ones tie at 0, to float32; rear ones never win.
+    assert all("3 of 9" in found and "6 of 9" in found and "rear" not in found for found in record.findings.values())
 
 
 def test_the_picture_is_bit_identical_and_nothing_is_left(tiny):

