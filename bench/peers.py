@@ -178,6 +178,7 @@ def main() -> None:
     parser.add_argument("--steps", type=int, nargs="+", default=[28, 50])
     parser.add_argument("--engines", nargs="+", default=None, help="only these, for a quick look; nothing is written then")
     parser.add_argument("--raw", type=Path, default=None, help="JSON lines, a measured picture and setting each")
+    parser.add_argument("--name", default="peers", help="first word of the tables' names")
     arguments = parser.parse_args()
     logging.disable(logging.WARNING)  # cache-dit reports every hook it sets
     bench = Bench()
@@ -187,8 +188,9 @@ def main() -> None:
         rows, curves = tables(compare(bench, engines, pictures, steps, arguments.raw))
         version = engines["ComfyUI"].version if "ComfyUI" in engines else ""
         write = write_table if arguments.engines is None else show
-        write(f"peers_{steps}", HEADER, rows, version)
-        write(f"peers_{steps}_at_ratio", ["steps", "engine", "family", *(f"psnr_at_{ratio:g}" for ratio in RATIOS)], curves, version)
+        name, header = f"{arguments.name}_{steps}", ["steps", "engine", "family", *(f"psnr_at_{ratio:g}" for ratio in RATIOS)]
+        write(name, HEADER, rows, version)
+        write(f"{name}_at_ratio", header, curves, version)
     if "ComfyUI" in engines:
         engines["ComfyUI"].close()
 
