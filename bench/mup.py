@@ -24,15 +24,15 @@ from table import write_table
 from train_densities import shapes
 
 HEAD, BASE, WIDTHS, BATCH, EPS = 16, 32, (32, 64, 128, 256), 16, 1e-10
-SIZES = FluxParams(**{
+SIZES = {
     **FLUX_SIZES, "in_channels": 3, "out_channels": 3, "context_in_dim": 8, "vec_in_dim": 8, "axes_dim": [4, 6, 6], "depth": 1,
     "depth_single_blocks": 2,
-})  # fmt: skip
+}  # fmt: skip
 
 
 def build(width: int, device: str = "cpu") -> Flux:
-    sizes = dataclasses.replace(SIZES, hidden_size=width, num_heads=width // HEAD)
-    return Flux(sizes, dtype=torch.float32, device=device)
+    sizes = {**SIZES, "hidden_size": width, "num_heads": width // HEAD}
+    return Flux(FluxParams(**sizes), dtype=torch.float32, device=device)
 
 
 def shapes_of(width: int) -> dict[str, torch.Size]:

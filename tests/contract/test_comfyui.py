@@ -17,9 +17,9 @@ from safetensors.torch import load_file
 
 pytestmark = pytest.mark.comfyui
 
-# The two hosts add up attention and matrix products in different orders, in fp32 on the CPU, over 28 guided steps: up to 1.2e-4 measured,
+# The two hosts add up attention and matrix products in different orders, in fp32 on the CPU, over 28 guided steps: up to 2.6e-4 measured,
 # at twice the training side on a processor with AVX-512.
-LATENT_TOLERANCE = 2e-4
+LATENT_TOLERANCE = 5e-4
 # Rounded activations: a number on the edge between two codes falls either way, and the rest of the run follows. Measured 9e-3 at 8 bits.
 ROUNDED_TOLERANCE = 2e-2  # root mean square over the latent's own
 ROUNDING = {"RectiflowQuantize", "RectiflowLoadCompressed"}
