@@ -17,11 +17,12 @@ import statistics
 
 import torch
 from rectiflow.host.embedded.ldm.flux import Flux, FluxParams
+from rectiflow.tests.train.widths import initialise, shapes
 from rectiflow.tiny.weights import FLUX_SIZES
 from rectiflow.train.mup import measured, mup_of, slopes
 from rectiflow.train.optim import Optim, Optimizers, lr_factor
 from table import write_table
-from train_densities import shapes
+from train_densities import shapes as toy_pictures
 
 HEAD, BASE, WIDTHS, BATCH, EPS = 16, 32, (32, 64, 128, 256), 16, 1e-10
 SIZES = {
@@ -35,32 +36,14 @@ def build(width: int, device: str = "cpu") -> Flux:
     return Flux(FluxParams(**sizes), dtype=torch.float32, device=device)
 
 
-def shapes_of(width: int) -> dict[str, torch.Size]:
-    return {name: value.shape for name, value in build(width, "meta").named_parameters()}
-
-
-@torch.no_grad()
-def initialised(width: int, seed: int) -> Flux:
-    """1/sqrt(fan_in) for matrices; modulation, the last layer and biases zero."""
-    model, draw = build(width), torch.Generator().manual_seed(seed)
-    for name, value in model.named_parameters():
-        value.requires_grad_(True)
-        if name.endswith("norm.scale"):
-            value.fill_(1.0)
-        elif value.ndim < 2 or "mod" in name.lower() or "final_layer" in name:
-            value.zero_()
-        else:
-            value.copy_(torch.randn(value.shape, generator=draw) * value.shape[1] ** -0.5)
-    return model
-
-
 class Course:
     """A model, its optimiser, and the batches that every course sees alike."""
 
     def __init__(self, width: int, seed: int, mup: bool, lr: float, steps: int, pictures: torch.Tensor):
-        self.model = initialised(width, seed)
+        self.model = build(width)
+        initialise(self.model, seed)
         params = dict(self.model.named_parameters())
-        rule = mup_of(params, shapes_of(BASE), shapes_of(BASE + HEAD))
+        rule = mup_of(params, *(shapes(build(base, "meta")) for base in (BASE, BASE + HEAD)))
         self.rule = rule if mup else dataclasses.replace(rule, width=1.0)
         self.optim = Optim(lr=lr, eps=EPS, weight_decay=0.0, warmup=1, schedule="linear", floor=0.0)
         self.optimizers = Optimizers(self.rule.optim(self.optim), params)
@@ -131,7 +114,7 @@ def main() -> None:
     parser.add_argument("--seeds", type=int, default=2)
     given = parser.parse_args()
     torch.set_num_threads(1)
-    pictures = shapes(1024, 1)
+    pictures = toy_pictures(1024, 1)
     header = ("learning_rate", "rules", "step", "layer", "slope")
     write_table("mup_coordinates", header, coordinates(pictures, given.seeds, (2.0**-9, 2.0**-7)))
     header = ("rules", "width", "learning_rate", "steps", "seeds", "held_out_loss")

@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
+import time
+from contextlib import suppress
+from typing import Any
+
 import torch
 from rectiflow.host.embedded.ldm.flux import Flux, FluxParams
 from rectiflow.samplers.solvers import sample_euler
 from rectiflow.tiny.weights import FLUX_SIZES
-from rectiflow.train.loop import Batch
+from rectiflow.train.config import TrainConfig
+from rectiflow.train.loop import Batch, Callbacks, Trainer
 from rectiflow.train.recipes.tiny import TinyTrainee, initialise
-from torch import Tensor
+from torch import Tensor, nn
 
 
 def small_flow(channels: int, hidden: int, seed: int) -> TinyTrainee:
@@ -33,6 +38,20 @@ class Table:
 
     def batch(self, rows: Tensor, draws) -> Batch:
         return Batch(self.latents[rows], [None] * len(rows), noise=None if self.noise is None else self.noise[rows])
+
+
+def trained_for(seconds: float, model: nn.Module, data: Any, config: TrainConfig) -> tuple[Trainer, float]:
+    """(A trainer that has run for at most so many seconds of the processor, those it took)."""
+    started = time.process_time()
+
+    def interrupt() -> None:
+        if time.process_time() - started > seconds:
+            raise TimeoutError
+
+    trainer = Trainer(model, data, config, callbacks=Callbacks(interrupt=interrupt))
+    with suppress(TimeoutError):
+        trainer.run()
+    return trainer, time.process_time() - started
 
 
 @torch.no_grad()

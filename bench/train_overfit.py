@@ -9,10 +9,9 @@ from __future__ import annotations
 
 import argparse
 import statistics
-import time
 
 import torch
-from small_flow import Table, drawn, small_flow
+from small_flow import Table, drawn, small_flow, trained_for
 from table import write_table
 from train_densities import BATCH, HIDDEN, shapes
 
@@ -22,7 +21,6 @@ COUNT, NOISES, EULER = 8, 64, 20
 def main() -> None:
     from rectiflow.train.config import TrainConfig
     from rectiflow.train.densities import Density
-    from rectiflow.train.loop import Callbacks, Trainer
     from rectiflow.train.optim import Optim
 
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
@@ -38,18 +36,7 @@ def main() -> None:
             steps=given.steps, batch=BATCH, seed=seed, density=Density("uniform"), dropout=0.0, ema=0.99, save_every=0,
             optim=Optim("muon", lr=3e-3, muon_lr=0.02, warmup=30, weight_decay=0.0, floor=0.0),
         )  # fmt: skip
-        started = time.process_time()
-
-        def interrupt(started: float = started) -> None:
-            if time.process_time() - started > given.seconds:
-                raise TimeoutError
-
-        trainer = Trainer(model, Table(learnt), config, callbacks=Callbacks(interrupt=interrupt))
-        try:
-            trainer.run()
-        except TimeoutError:
-            pass
-        seconds = time.process_time() - started
+        trainer, seconds = trained_for(given.seconds, model, Table(learnt), config)
         noise = torch.randn((NOISES, *learnt.shape[1:]), generator=torch.Generator().manual_seed(seed))
         with trainer.averaged():
             ends = drawn(model, noise, EULER)

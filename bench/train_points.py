@@ -10,11 +10,11 @@ the same size is measured beside them.
 from __future__ import annotations
 
 import argparse
-import time
 
 import torch
 from point_flow import PointFlow, devoxelise, own_places, voxelise
 from rectiflow.samplers.solvers import sample_euler
+from small_flow import trained_for
 from table import write_table
 
 CLASSES, POINTS, CLOUDS, JUDGED, BATCH, EULER = 3, 256, 6000, 48, 16, 40
@@ -89,7 +89,6 @@ def check_operators() -> None:
 def main() -> None:
     from rectiflow.train.config import TrainConfig
     from rectiflow.train.densities import Density
-    from rectiflow.train.loop import Callbacks, Trainer
     from rectiflow.train.optim import Optim
 
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
@@ -114,18 +113,7 @@ def main() -> None:
                 steps=given.steps, batch=BATCH, seed=seed, density=Density("logit_normal"), dropout=0.0, ema=0.99, save_every=0,
                 validate_every=0, optim=Optim(lr=1e-3, warmup=50),
             )  # fmt: skip
-            started = time.process_time()
-
-            def interrupt(started: float = started) -> None:
-                if time.process_time() - started > given.seconds:
-                    raise TimeoutError
-
-            trainer = Trainer(model, Clouds(seed), config, callbacks=Callbacks(interrupt=interrupt))
-            try:
-                trainer.run()
-            except TimeoutError:
-                pass
-            seconds = time.process_time() - started
+            trainer, seconds = trained_for(given.seconds, model, Clouds(seed), config)
             labels = [row % CLASSES for row in range(JUDGED)]
 
             def denoised(x, sigma, model=model, labels=labels, **extra):

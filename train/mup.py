@@ -18,7 +18,7 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
 
 import torch
@@ -52,23 +52,24 @@ class MuP:
     def scaled(self, model: nn.Module) -> Iterator[None]:
         """While this is open, the input of every output layer of `model` is times α/m. Weights are not touched, so that nothing can
         be multiplied twice by saving and loading; `folded` gives those of an ordinary model."""
-        handles = [
-            module.register_forward_pre_hook(self._scale) for name, module in model.named_modules()
-            if self.kinds.get(f"{name}.weight") == "output"
-        ]  # fmt: skip
-        try:
+        with ExitStack() as hooks:
+            for name, module in model.named_modules():
+                if self.kinds.get(f"{name}.weight") == "output":
+                    hooks.enter_context(module.register_forward_pre_hook(self._scale))
             yield
-        finally:
-            for handle in handles:
-                handle.remove()
+
+    @property
+    def multiplier(self) -> float:
+        """α/m."""
+        return self.readout / self.width
 
     def _scale(self, module: nn.Module, given: tuple) -> tuple:
-        return (given[0] * (self.readout / self.width), *given[1:])
+        return (given[0] * self.multiplier, *given[1:])
 
     def folded(self, weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """The weights that give the same answers outside of `scaled`."""
         return {
-            name: value * (self.readout / self.width) if self.kinds[name] == "output" and value.ndim > 1 else value
+            name: value * self.multiplier if self.kinds[name] == "output" and value.ndim > 1 else value
             for name, value in weights.items()
         }  # fmt: skip
 
@@ -125,12 +126,11 @@ def measured(model: nn.Module, layers: Callable[[str], bool]) -> Iterator[dict[s
 
         return hook
 
-    handles = [module.register_forward_hook(keep(name)) for name, module in model.named_modules() if layers(name)]
-    try:
+    with ExitStack() as hooks:
+        for name, module in model.named_modules():
+            if layers(name):
+                hooks.enter_context(module.register_forward_hook(keep(name)))
         yield found
-    finally:
-        for handle in handles:
-            handle.remove()
 
 
 def slopes(sizes: Mapping[int, Mapping[str, float]]) -> dict[str, float]:

@@ -96,7 +96,7 @@ def lr_factor(optim: Optim, step: int, steps: int) -> float:
 def orthogonal(matrices: Tensor) -> Tensor:
     """Matrices (n, r, c) → about U Vᵀ of each singular value decomposition: singular values land in 0.7…1.2.
 
-    In bf16, which is enough, but for processors that have no bf16 products and emulate them at a quarter of the speed of fp32.
+    In bf16, which is enough, but for processors that have no bf16 products and emulate them more slowly than fp32.
     """
     a, b, c = NEWTON_SCHULZ
     emulated = matrices.device.type == "cpu" and not torch.cpu._is_avx512_bf16_supported()

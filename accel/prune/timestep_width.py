@@ -17,7 +17,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -128,15 +128,11 @@ class Contributions:
 
     @contextmanager
     def on(self, network: nn.Module) -> Iterator[None]:
-        handles = [
-            network.get_submodule(span.layer).register_forward_pre_hook(self._reader(group, span))
-            for group in self.groups for span in group.columns
-        ]  # fmt: skip
-        try:
+        with ExitStack() as hooks:
+            for group in self.groups:
+                for span in group.columns:
+                    hooks.enter_context(network.get_submodule(span.layer).register_forward_pre_hook(self._reader(group, span)))
             yield
-        finally:
-            for handle in handles:
-                handle.remove()
 
     def _reader(self, group: WidthGroup, span: Span) -> Callable:
         def read(layer: nn.Module, args: tuple) -> None:

@@ -10,7 +10,7 @@ A block that keeps everything runs as it is.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from typing import Any
 
 import torch
@@ -178,14 +178,10 @@ class _Width:
         for group in self.groups[path]:
             for span in group.columns if group.key in kept else ():
                 layers.setdefault(span.layer, []).append((group, span))
-        handles = [
-            self.network.get_submodule(name).register_forward_pre_hook(self._mask(name, parts, kept)) for name, parts in layers.items()
-        ]  # fmt: skip
-        try:
+        with ExitStack() as hooks:
+            for name, parts in layers.items():
+                hooks.enter_context(self.network.get_submodule(name).register_forward_pre_hook(self._mask(name, parts, kept)))
             yield
-        finally:
-            for handle in handles:
-                handle.remove()
 
     def _mask(self, name: str, parts: list, kept: Mapping[Key, tuple[int, ...]]) -> Callable:
         def zero(layer: nn.Module, args: tuple) -> tuple:

@@ -9,6 +9,7 @@ import torch
 from rectiflow.errors import NodeInputError
 from rectiflow.host.embedded.ldm.flux import Flux, FluxParams
 from rectiflow.host.embedded.ldm.mmdit import MMDiT, MMDiTParams
+from rectiflow.tests.train.widths import initialise, shapes
 from rectiflow.train.mup import measured, mup_of, slopes
 from rectiflow.train.optim import Optim, Optimizers
 
@@ -30,10 +31,6 @@ def flux(width: int, device: str = "cpu") -> Flux:
 def mmdit(width: int, device: str = "cpu") -> MMDiT:
     sizes = dataclasses.replace(MMDIT, hidden_size=width, num_heads=width // HEAD, mlp_hidden=4 * width)
     return MMDiT(sizes, dtype=torch.float32, device=device)
-
-
-def shapes(model: torch.nn.Module) -> dict[str, torch.Size]:
-    return {name: value.shape for name, value in model.named_parameters()}
 
 
 def rules(build, width: int, base: int = 32):
@@ -61,22 +58,6 @@ def test_every_tensor_has_the_rule_that_a_hand_gives_it(build):
             expected = "hidden"
         assert kinds[name] == expected, name
     assert set(kinds) == set(shapes(build(64, "meta")))
-
-
-def initialise(model: torch.nn.Module, seed: int) -> None:
-    """1/sqrt(fan_in) for every matrix, the last layer, modulation and positions zero."""
-    draw = torch.Generator().manual_seed(seed)
-    with torch.no_grad():
-        for value in model.buffers():
-            value.zero_()
-        for name, value in model.named_parameters():
-            value.requires_grad_(True)
-            if name.endswith(("norm.scale", "ln_q.weight", "ln_k.weight")):
-                value.fill_(1.0)
-            elif value.ndim < 2 or "mod" in name.lower() or "final_layer" in name:
-                value.zero_()
-            else:
-                value.copy_(torch.randn(value.shape, generator=draw) * value[0].numel() ** -0.5)
 
 
 def trained(build, width: int, seed: int, mup: bool, steps: int, lr: float) -> list[dict[str, float]]:
