@@ -16,7 +16,7 @@ The three moves of a forward over part of the tokens ("Region-Adaptive Sampling 
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 
 import torch
 
@@ -65,10 +65,14 @@ def _write(cache: torch.Tensor, index: torch.Tensor, rows: torch.Tensor, dim: in
         sample.index_copy_(dim - 1, places, values)
 
 
-def unfit(xs: Sequence[torch.Tensor]) -> str:
-    """Why the kernel cannot be used for these tensors; an empty string where it can."""
+def unfit(xs: Sequence[torch.Tensor], axes: Collection[int], written: bool) -> str:
+    """Why the kernel cannot be used for these tensors, whose tokens lie on `axes`; an empty string where it can."""
     if triton is None:
         return "is not installed"
+    if len(axes) > 1:
+        return f"moves tensors whose tokens lie on one axis, got {', '.join(map(str, sorted(axes)))}"
+    if written and not all(x.is_contiguous() for x in xs):
+        return "writes into contiguous tensors"
     if any(x.dtype.itemsize not in WORDS for x in xs):
         return "moves elements of 1, 2, 4 or 8 bytes"
     return ""
@@ -182,10 +186,10 @@ def _axis(x: torch.Tensor, index: torch.Tensor, dim: int, shared_batch: bool = F
     return axis
 
 
-def _kernel(xs: Sequence[torch.Tensor], backend: str) -> bool:
+def _kernel(xs: Sequence[torch.Tensor], axes: Collection[int], backend: str, written: bool = False) -> bool:
     """Whether Triton moves these tensors."""
     followed = torch.is_grad_enabled() and any(x.requires_grad for x in xs)  # torch knows the derivative of its own moves alone
-    return takes_triton("token_gather", backend, xs[0].is_cuda and not followed, lambda: unfit(xs))
+    return takes_triton("token_gather", backend, xs[0].is_cuda and not followed, lambda: unfit(xs, axes, written))
 
 
 def gather_tokens(x, index: torch.Tensor, dim: int = 1, backend: str = "auto"):
@@ -195,7 +199,7 @@ def gather_tokens(x, index: torch.Tensor, dim: int = 1, backend: str = "auto"):
     """
     xs = [x] if isinstance(x, torch.Tensor) else list(x)
     axes = {_axis(part, index, dim, shared_batch=True) for part in xs}
-    if _kernel(xs, backend) and len(axes) == 1:
+    if _kernel(xs, axes, backend):
         found = (_gather_operator if index.is_cuda else gather_launch)(xs, index, axes.pop())
     else:
         found = [_gather(part, index, dim % part.ndim) for part in xs]
@@ -214,7 +218,7 @@ def write_tokens(cache, index: torch.Tensor, rows, dim: int = 1, backend: str = 
     """Write rows (b, …, a, …), of the cache's dtype, into cache (b, …, n, …); of tuples, each into its own. Returns the cache."""
     caches, parts = ([cache], [rows]) if isinstance(cache, torch.Tensor) else (list(cache), list(rows))
     axes = {_axis(part, index, dim) for part in caches}
-    if _kernel(caches, backend) and len(axes) == 1 and all(part.is_contiguous() for part in caches):
+    if _kernel(caches, axes, backend, written=True):
         (_write_operator if index.is_cuda else write_launch)(caches, index, parts, axes.pop())
     else:
         for part, values in zip(caches, parts):

@@ -12,6 +12,7 @@ It keeps one tensor a module: with the 57 blocks of FLUX.1 as much as 76 whole s
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import ExitStack
 from typing import Any
 
 import torch
@@ -41,12 +42,10 @@ class ModuleTarget:
         def keep(module: nn.Module, _: Any, output: torch.Tensor) -> None:
             seen[module] = output.detach().clone()  # hosts write into what modules return
 
-        handles = [module.register_forward_hook(keep) for module in self.modules]
-        try:
+        with ExitStack() as hooks:
+            for module in self.modules:
+                hooks.enter_context(module.register_forward_hook(keep))
             out = call.run(call.options)
-        finally:
-            for handle in handles:
-                handle.remove()
         nothing = call.x.new_zeros(call.x.shape[0], 0)
         return out, {"": tuple(seen.get(module, nothing) for module in self.modules)} if seen else {}
 

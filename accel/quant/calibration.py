@@ -7,7 +7,7 @@ that tells its rotation; the rows let a rotation be chosen by the error it leave
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -101,9 +101,7 @@ def watching(layers: Mapping[str, nn.Linear]) -> Iterator[QuantStats]:
 
         return hook
 
-    handles = [module.register_forward_pre_hook(noting(stats.layers[name])) for name, module in layers.items()]
-    try:
+    with ExitStack() as hooks:
+        for name, module in layers.items():
+            hooks.enter_context(module.register_forward_pre_hook(noting(stats.layers[name])))
         yield stats
-    finally:
-        for handle in handles:
-            handle.remove()

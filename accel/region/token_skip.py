@@ -17,7 +17,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Hashable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -163,19 +163,15 @@ class SkipCall:
         def see(module: nn.Module, args: tuple) -> None:
             self._image = args[0].shape[1]
 
-        handles, self._image = [], 0
-        try:
-            handles += [network.get_submodule(path).register_forward_pre_hook(see) for path in self.beside]
+        self._image = 0
+        with ExitStack() as hooks:
+            for path in self.beside:
+                hooks.enter_context(network.get_submodule(path).register_forward_pre_hook(see))
             for site in self.sites:
-                module = network.get_submodule(site.path)
-                if site.kind == "fused":
-                    handles += self._fused(site, module)
-                else:
-                    handles += self._plain(site, module)
+                put_on = self._fused if site.kind == "fused" else self._plain
+                for handle in put_on(site, network.get_submodule(site.path)):
+                    hooks.enter_context(handle)
             yield
-        finally:
-            for handle in handles:
-                handle.remove()
 
     def rows(self, batch: int, length: int, text: int) -> torch.Tensor:
         """Places in (batch · length) rows of the tokens that run: text, the chosen ones of the picture, and those of references."""

@@ -264,6 +264,19 @@ def test_an_index_of_another_batch_is_refused():
         write_tokens(random(3, 5, 2), torch.zeros(3, dtype=torch.long), random(3, 1, 2))
 
 
+def test_a_kernel_that_is_asked_for_is_not_exchanged_in_silence():
+    """Triton moves tensors whose tokens lie on one axis and writes into contiguous ones; where it is named, it says so."""
+    pytest.importorskip("triton")
+    index, mixed = torch.tensor([[2, 0]]), (random(2, 5, 3), random(2, 4, 5, 3))
+    rows = gather_tokens(mixed, index, -2)
+    assert all(torch.equal(part, x.index_select(-2, index[0])) for part, x in zip(rows, mixed))
+    with pytest.raises(ValueError, match="tokens lie on one axis, got 1, 2"):
+        gather_tokens(mixed, index, -2, "triton")
+    turned = random(2, 3, 5).transpose(1, 2)
+    with pytest.raises(ValueError, match="contiguous"):
+        write_tokens(turned, index, rows[0], 1, "triton")
+
+
 # Settings --------------------------------------------------------------------------------------------------------------------
 
 
