@@ -1,5 +1,7 @@
 """Depth pruning at a third of the blocks: `python bench/prune.py [--steps N] [--seeds N] [--search N]`; writes bench/results/prune_*.csv.
 
+    python bench/deep_flow.py FILE && python bench/prune.py --deep FILE     the first table on 27 blocks: prune_deep.csv
+
     prune_selections   three of the tiny model's nine blocks left out by each method, then equal recovery (Recover Pruned, all weights that
                        are left, equal steps, batch and rate)
     prune_students     PPCL's students of its runs, after as many steps and after twice as many: one of these steps costs half of the others
@@ -20,6 +22,7 @@ import time
 from pathlib import Path
 
 import torch
+from deep_flow import HELD_OUT, SHOWN, load_deep
 from rectiflow.accel.prune.apply import apply_plan, stack_under
 from rectiflow.accel.prune.plan import PrunePlan
 from rectiflow.accel.prune.scores import relative_error
@@ -36,21 +39,18 @@ from rectiflow.train.recovery import RecoverSettings, recover
 from table import write_table
 
 SHARE, WHERE = 1 / 3, "bench"
-SHOWN = (
-    "twemoji rocket on black", "noto cat on white", "twemoji apple on green", "noto koala on red", "twemoji house on yellow",
-    "noto dog on white", "twemoji pizza on blue", "noto guitar on white",
-)  # fmt: skip
-HELD_OUT = ("noto rocket on blue", "twemoji bike on white", "noto banana on black", "twemoji penguin on red", "noto bus on white",
-            "twemoji tiger on yellow")  # fmt: skip
 BATCH, LR, LR_STUDENTS = 4, 3e-4, 1e-3  # of 3e-4 and 1e-3 the better one for each after 40 steps
 SCORES = ("random", "ends", "magnitude", "similarity", "sensitivity")
 
 
 class Bench:
-    """The tiny model, and what every pruned one is compared with."""
+    """A whole MODEL, the tiny one unless told, and what every pruned one is compared with.
 
-    def __init__(self, tiny: TinyRuns):
-        self.tiny, self.model = tiny, tiny.model
+    single_pattern: TinyFusion's groups, which leave out a third of the blocks.
+    """
+
+    def __init__(self, tiny: TinyRuns, model=None, single_pattern: str = "2:5"):
+        self.tiny, self.model, self.single_pattern = tiny, model or tiny.model, single_pattern
         self.stack = stack_under(self.model, WHERE)
         empty = tiny.conditioning("")
         prompts = [[entry for text in texts for entry in tiny.conditioning(text)] for texts in (SHOWN, HELD_OUT)]
@@ -85,14 +85,14 @@ class Bench:
         return dataclasses.replace(self.shown, seed=seed)
 
     def selections(self, seed: int, search: int) -> dict[str, tuple[PrunePlan, float]]:
-        """Method → (plan that leaves out three blocks, process seconds of finding it)."""
+        """Method → (plan that leaves out a third of the blocks, process seconds of finding it)."""
         found = {}
 
         def timed(name: str, make) -> None:
             start = time.process_time()
             plan = make()
             found[name] = (plan, time.process_time() - start)
-            assert len(plan.removed(self.stack)) == 3
+            assert len(plan.removed(self.stack)) == round(SHARE * len(self.stack.blocks))
 
         for method in SCORES:
             request = ScoreRequest(method, SHARE, at=16)
@@ -101,9 +101,11 @@ class Bench:
         timed("PPCL runs", lambda: find_runs(self.model, RunSearch(SHARE), self.seeded(seed), host_services().guider, WHERE).plan)
         return found
 
-    def learned(self, seed: int, steps: int, **changed):
-        settings = DepthSettings(**{"double_pattern": "", "single_pattern": "2:5", "steps": steps, "batch": BATCH, "lr_logits": 5e-3,
-                                    "lr_lora": 3e-4, "tau_end": 0.5, "ema": 0.9, "seed": seed, **changed})  # fmt: skip
+    def learned(self, seed: int, steps: int):
+        settings = DepthSettings(
+            double_pattern="", single_pattern=self.single_pattern, steps=steps, batch=BATCH, lr_logits=5e-3, lr_lora=3e-4, tau_end=0.5,
+            ema=0.9, seed=seed,
+        )  # fmt: skip
         return learn_depth(self.model, settings, self.seeded(seed), None, host_services())
 
     def recovered(self, model, seed: int, steps: int):
@@ -122,7 +124,7 @@ def names_out(bench: Bench, plan: PrunePlan) -> str:
     return " ".join(block.name for block in plan.removed(bench.stack))
 
 
-def selections(bench: Bench, seeds: int, steps: int, search: int) -> dict[str, PrunePlan]:
+def selections(bench: Bench, seeds: int, steps: int, search: int, table: str = "prune_selections") -> dict[str, PrunePlan]:
     rows, figures, plans = [], {}, {}
     for seed in range(seeds):
         chosen, known = bench.selections(seed, search), {}
@@ -139,7 +141,7 @@ def selections(bench: Bench, seeds: int, steps: int, search: int) -> dict[str, P
     _summary(rows, figures)
     header = ("selection", "seed", "left_out", "velocity_error_before", "velocity_error", "latent_error", "feature_distance",
               "search_seconds", "recovery_seconds")  # fmt: skip
-    write_table("prune_selections", (*header, "steps", "batch"), [(*row, steps, BATCH) for row in rows])
+    write_table(table, (*header, "steps", "batch"), [(*row, steps, BATCH) for row in rows])
     return plans
 
 
@@ -224,12 +226,17 @@ def main() -> None:
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--search", type=int, default=80)
     parser.add_argument("--rounds", type=int, default=7)
+    parser.add_argument("--deep", type=Path, help="prune_deep alone, on this file of bench/deep_flow.py")
     parser.add_argument("--students", action="store_true", help="prune_students alone")
     given = parser.parse_args()
     torch.set_num_threads(1)
     host = make_host(Path(tempfile.mkdtemp()), settings=HostSettings(device="cpu", dtype="fp32"))
     with use_host(host):
-        bench = Bench(TinyRuns(host))
+        tiny = TinyRuns(host)
+        if given.deep:
+            selections(Bench(tiny, load_deep(given.deep), "5:8"), given.seeds, given.steps, given.search, "prune_deep")
+            return
+        bench = Bench(tiny)
         if given.students:
             students(bench, given.seeds, given.steps)
             return

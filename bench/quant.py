@@ -1,4 +1,4 @@
-"""How near few bits come: `python bench/quant.py [--part weights codes speed rotation model seeds lora flips]`.
+"""How near few bits come: `python bench/quant.py [--part weights codes speed rotation model seeds lora flips train]`.
 
     quant_weights    SQNR in dB of weights by quantiser, at equal bits with every scale counted: a normal law, one with long tails, one with
                      one weight in a thousand ten times as large, and layers of the tiny model
@@ -10,6 +10,8 @@
     quant_seeds      twin-log against uniform at equal bytes, seed by seed, for several draws of the rotations' signs
     quant_flips      how far the final latent moves when the noise moves by its last bits
     quant_lora       how a LoRA changes a layer in few bits, by policy and by its size
+    quant_train      what a LoRA of rank 8 takes back that learned beside the codes, on samples of other prompts, with activations rounded
+                     in training (simulate) or not (packed); measured on the packed model as in quant_model
 
 Peers are used where they are installed: `pip install comfy-kitchen==0.2.40 torchao==0.18.0 gguf==0.19.0 bitsandbytes==0.50.2`.
 """
@@ -33,7 +35,7 @@ from rectiflow.accel.quant.rotation import block_hadamard, convrot, dual_rotatio
 from rectiflow.accel.quant.stored import store
 from rectiflow.accel.quant.twin_log import reference_quantised
 from rectiflow.accel.quant.uniform import clipped_grid, int8_rows, int_tokens, min_max_grid
-from rectiflow.host import KSAMPLER, sample_custom
+from rectiflow.host import KSAMPLER, load_lora_for_models, sample_custom
 from rectiflow.host.embedded import HostSettings, make_host, use_host
 from rectiflow.kernels.int8_linear import Int8Weight, int8_linear, prepare_int8
 from rectiflow.metrics.fidelity import relative_errors
@@ -48,7 +50,10 @@ LAYERS = (
 SIGMA = 0.02
 PROMPTS = ("noto cat on white", "twemoji rocket on black")
 STEPS, CFG = 10, 3.0
-PARTS = ("weights", "codes", "speed", "rotation", "model", "seeds", "lora", "flips")
+TAUGHT = ("twemoji apple on green", "noto koala on red", "twemoji house on yellow", "noto dog on white", "twemoji pizza on blue",
+          "noto guitar on white", "noto ghost on black", "twemoji bus on yellow")  # fmt: skip
+TRAINED = (("4", "8"), ("3", "8"), ("2", "8"), ("3", "4"))
+PARTS = ("weights", "codes", "speed", "rotation", "model", "seeds", "lora", "flips", "train")
 PROBED = range(20, 24)  # seeds of the velocity's error
 TARGETS = (35.0, 36.0)  # dB of Keep Sensitive Layers
 ROUNDS_OF_SPEED = 25
@@ -345,6 +350,39 @@ def flips_part(tiny: Tiny) -> None:
     write_table("quant_flips", ["model", "noise_moved_by", "latent_moved_by"], rows)
 
 
+def train_part(tiny: Tiny, seeds: int, steps: int) -> None:
+    """Before and after `steps` of 4 points towards the whole model, whose samples of TAUGHT, four each, are the examples."""
+    exact, rows, runs = tiny.latent(tiny.runs.model, seeds), [], tiny.runs
+    prompts = list(TAUGHT) * 4
+    clean = runs.sample(prompts, runs.noise(range(500, 500 + len(prompts))), steps=STEPS, cfg=CFG)
+    positive = [entry for prompt in prompts for entry in runs.conditioning(prompt)]
+    data = NODES["RectiflowLatentDataset"]().execute(latents={"samples": clean}, positive=positive)[0]
+    target = NODES["RectiflowTrainTarget"]().execute(
+        kind="teacher_velocity", teacher=runs.model, teacher_cfg=1.0, anneal_steps=1, annealing="linear"
+    )[0]
+
+    def measured(name: str, mode: str, model, seconds: float) -> None:
+        errors = tiny.distances(model, exact)
+        guided, single = (f"{tiny.velocity(model, cfg):.1f}" for cfg in (CFG, 1.0))
+        rows.append([name, mode, guided, single, f"{sum(errors) / seeds:.4f}", f"{seconds:.0f}"])
+
+    for bits in TRAINED:
+        name = "W{}A{}".format(*bits)
+        packed = tiny.quantised(*bits, "tlq", "32", lora="bypass")[0]
+        measured(name, "", packed, 0.0)
+        for mode in ("packed", "simulate"):
+            student = tiny.quantised(*bits, "tlq", "32", lora="bypass", mode=mode)[0]
+            start = time.process_time()
+            _, lora, *_ = NODES["RectiflowTrain"]().execute(
+                model=student, data=data, target=target, steps=steps, batch=4, name=f"{name} {mode}", negative=runs.conditioning(""),
+                dtype="fp32", checkpointing=False, cond_dropout=0.2, ema=0.9, save_every=0, validate_every=0,
+            )  # fmt: skip
+            seconds = time.process_time() - start
+            measured(name, mode, load_lora_for_models(packed, None, lora, 1.0, 0.0)[0], seconds)
+    header = ["model", "trained_on", f"velocity_sqnr_db_cfg_{CFG:g}", "velocity_sqnr_db_cfg_1", f"latent_error_mean_of_{seeds}"]
+    write_table("quant_train", [*header, f"seconds_of_{steps}_steps"], rows)
+
+
 def _factors(weight: torch.Tensor) -> tuple[tuple[int, int], tuple[int, int]]:
     return (weight.shape[0], LORA_RANK), (LORA_RANK, weight.shape[1])
 
@@ -366,6 +404,7 @@ def main() -> None:
     parser.add_argument("--part", nargs="+", choices=PARTS, default=PARTS)
     parser.add_argument("--seeds", type=int, default=10)
     parser.add_argument("--draws", type=int, default=8)
+    parser.add_argument("--steps", type=int, default=120, help="of training, for quant_train")
     given = parser.parse_args()
     if "weights" in given.part:
         weights_part()
@@ -375,7 +414,7 @@ def main() -> None:
         speed_part()
     if "rotation" in given.part:
         rotation_part()
-    if not {"model", "seeds", "lora", "flips"} & set(given.part):
+    if not {"model", "seeds", "lora", "flips", "train"} & set(given.part):
         return
     host = make_host(Path(tempfile.mkdtemp()), settings=HostSettings(device="cpu", dtype="fp32"))
     with use_host(host), torch.inference_mode():
@@ -386,6 +425,8 @@ def main() -> None:
             seeds_part(tiny, given.seeds, given.draws)
         if "flips" in given.part:
             flips_part(tiny)
+        if "train" in given.part:
+            train_part(tiny, given.seeds, given.steps)
         if "lora" in given.part:
             with torch.inference_mode(False), torch.no_grad():
                 lora_part(tiny)

@@ -79,12 +79,15 @@ class RectiflowQuantize(Node):
         ),
         seed_input("Of the rotations' random signs."),
         socket("stats", "QUANT_STATS", "From Quant Calibrate.", optional=True),
+        choice("mode", ("packed", "simulate"), "packed: computes with the codes. simulate: the same numbers in floating point, slower, for "
+            "Train: what learns on it makes up for the rounding, and works on the packed model.", optional=True, advanced=True,
+        ),
     )  # fmt: skip
     OUTPUTS = (_MODEL, _REPORT)
 
     def run(
         self, model, weight_bits, act_bits, group_size, method, rotation, j_threshold, smooth_alpha, protect_down, keep_below_db, include,
-        exclude, lora, seed, stats=None,
+        exclude, lora, seed, stats=None, mode="packed",
     ):  # fmt: skip
         from ..accel.compressed.writing import changed_weight
         from ..accel.modules import NETWORK, own_weight
@@ -95,7 +98,7 @@ class RectiflowQuantize(Node):
 
         scheme = QuantScheme(
             int(weight_bits), int(act_bits), int(group_size), method, rotation, j_threshold, smooth_alpha, protect_down, keep_below_db,
-            "requant" if lora == "requant" else "bypass", seed,
+            "requant" if lora == "requant" else "bypass", seed, mode == "simulate",
         )  # fmt: skip
         layers = chosen_layers(model, include, exclude, self.TITLE)
         bar = ProgressBar(len(layers))

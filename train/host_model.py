@@ -6,8 +6,8 @@ after itself, whatever happens inside. Each example has a condition of its own; 
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from contextlib import nullcontext
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from types import MappingProxyType
 from typing import Any
 
@@ -20,7 +20,7 @@ from torch.utils.checkpoint import checkpoint
 from ..families.arch import arch_spec
 from .params import NETWORK, Additions, block_prefix
 
-__all__ = ["HostTrainee", "checkpoint_blocks", "ordinary", "train_inside", "trainable_weights", "watch_blocks"]
+__all__ = ["HostTrainee", "checkpoint_blocks", "ordinary", "own_modules", "taken_off", "train_inside", "trainable_weights", "watch_blocks"]
 
 NORMS = frozenset((functional.layer_norm, functional.rms_norm, functional.group_norm, torch.rms_norm, torch.layer_norm))
 TOKENS = ("img", "txt", "x", "context")  # what blocks call the tokens they change
@@ -54,6 +54,44 @@ def trainable_weights(patcher: Any) -> None:
     network.requires_grad_(False)
 
 
+def own_modules(student: Any, teacher: Any) -> tuple[str, ...] | None:
+    """Keys of the modules that MODEL `student` has in place of those of `teacher`, a MODEL on the same network; None where they differ in
+    more than that, so that no exchange of modules makes one of the other."""
+    if not _same(student.patches, teacher.patches) or not _same(student.weight_wrapper_patches, teacher.weight_wrapper_patches):
+        return None
+    mine, theirs = ({key: value for key, value in model.object_patches.items() if key.startswith(NETWORK)} for model in (student, teacher))
+    own = tuple(key for key in mine if key not in theirs)
+    held = all(mine.get(key) is value for key, value in theirs.items()) and all(isinstance(mine[key], nn.Module) for key in own)
+    return own if held else None
+
+
+def _same(a: Any, b: Any) -> bool:
+    """Equal containers of identical things and equal plain values; tensors are the same where they are one object."""
+    if isinstance(a, dict) and isinstance(b, dict):
+        return a.keys() == b.keys() and all(_same(value, b[key]) for key, value in a.items())
+    if isinstance(a, (list, tuple)) and isinstance(b, (list, tuple)):
+        return len(a) == len(b) and all(map(_same, a, b))
+    return a is b or isinstance(a, (bool, int, float, str)) and a == b
+
+
+@contextmanager
+def taken_off(patcher: Any, additions: Additions, own: Sequence[str]) -> Iterator[None]:
+    """Inside, the network that MODEL `patcher` lies on has its first modules at the keys `own`, and what learns is switched off."""
+
+    def put(key: str, module: nn.Module) -> None:
+        parent, _, name = key.rpartition(".")
+        setattr(patcher.model.get_submodule(parent), name, module)
+
+    with additions.switched_off():
+        for key in reversed(own):
+            put(key, patcher.object_patches_backup[key].to(patcher.load_device))
+        try:
+            yield
+        finally:
+            for key in own:
+                put(key, patcher.object_patches[key])
+
+
 class HostTrainee:
     """A MODEL inside a running guider. Made by `train_inside`.
 
@@ -72,7 +110,7 @@ class HostTrainee:
         self.device = guider.model_patcher.load_device
         self.features: dict[tuple[str, int], Tensor] = {}
         self.rows: list[int] = []  # of the batch, in the present call of the network
-        self.muted: Additions | None = None  # what learns on the same network, if this is a teacher that shares it
+        self.alone: Callable[[], AbstractContextManager] = nullcontext  # for a teacher on the network of the one that learns
 
     def describe(self) -> dict[str, Any]:
         return dict(self.about)
@@ -82,7 +120,7 @@ class HostTrainee:
 
     def velocity(self, x: Tensor, sigma: Tensor, cond: list[Any]) -> Tensor:
         """(x − denoised)/sigma. cond: numbers of prompts, None for the empty one."""
-        with self.muted.switched_off() if self.muted else nullcontext():
+        with self.alone():
             return self._velocity(x, sigma, cond)
 
     def _velocity(self, x: Tensor, sigma: Tensor, cond: list[Any]) -> Tensor:

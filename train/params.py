@@ -11,8 +11,9 @@ What was learnt is exported under the names that stock LoRA loaders read: lora_u
 
 from __future__ import annotations
 
+import math
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -72,9 +73,9 @@ class LowRank(nn.Module):
 
     active = True
 
-    def __init__(self, weight: Tensor, subset: ParamSubset, generator: torch.Generator):
+    def __init__(self, shape: Sequence[int], subset: ParamSubset, generator: torch.Generator):
         super().__init__()
-        out, inputs = weight.shape[0], weight[0].numel()
+        out, inputs = shape[0], math.prod(shape[1:])
         rank = min(subset.rank, out, inputs)
         self.scale = (subset.alpha or subset.rank) / subset.rank
         bound = inputs**-0.5
@@ -97,10 +98,10 @@ class Difference(nn.Module):
 
     active = True
 
-    def __init__(self, value: Tensor, name: str):
+    def __init__(self, shape: Sequence[int], name: str):
         super().__init__()
         self.name = name
-        self.difference = nn.Parameter(torch.zeros(value.shape))
+        self.difference = nn.Parameter(torch.zeros(*shape))
 
     def forward(self, value: Tensor) -> Tensor:
         return value + self.difference.to(value.dtype) if self.active else value
@@ -193,15 +194,14 @@ def merge_into(module: nn.Module) -> None:
 
 def _for_layer(name: str, layer: Any, subset: ParamSubset, seed: int) -> dict[str, LowRank | Difference]:
     bias = getattr(layer, "bias", None)
+    shape = getattr(layer, "handed_out", layer.weight.shape)  # a layer of codes or factors hands its functions the whole weight
     if subset.kind == "lora":
-        if layer.weight.ndim < 2:
-            return {}
-        return {f"{name}.weight": LowRank(layer.weight, subset, seeded(seed, "lora", name))}
+        return {f"{name}.weight": LowRank(shape, subset, seeded(seed, "lora", name))} if len(shape) > 1 else {}
     found = {}
     if subset.kind != "biases":
-        found[f"{name}.weight"] = Difference(layer.weight, "diff")
+        found[f"{name}.weight"] = Difference(shape, "diff")
     if bias is not None:
-        found[f"{name}.bias"] = Difference(bias, "diff_b")
+        found[f"{name}.bias"] = Difference(bias.shape, "diff_b")
     return found
 
 

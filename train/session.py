@@ -25,7 +25,7 @@ from .densities import Density
 from .draws import seeded
 from .features import FeatureLoss
 from .history import History
-from .host_model import HostTrainee, checkpoint_blocks, ordinary, train_inside, trainable_weights, watch_blocks
+from .host_model import HostTrainee, checkpoint_blocks, ordinary, own_modules, taken_off, train_inside, trainable_weights, watch_blocks
 from .loop import Callbacks, Trainer
 from .losses import Loss
 from .optim import Optim
@@ -158,7 +158,9 @@ class Session:
 
         def followed(teacher: HostTrainee, model: Any, held: dict) -> HostTrainee:
             teacher.features = held
-            teacher.muted = additions if model.model is patcher.model else None
+            if model.model is patcher.model:
+                own = own_modules(self.request.model, model)
+                teacher.alone = lambda: taken_off(patcher, additions, own)
             return teacher
 
         def student(teacher=None, guide=None) -> None:
@@ -185,9 +187,10 @@ class Session:
     def _teacher(self, model: Any, where: str) -> Any:
         """A frozen clone of a teacher. Raises NodeInputError for one that shares the student's network but not its weights."""
         student = self.request.model
-        if model.model is student.model and model.patches_uuid != student.patches_uuid:
-            allowed = "the model itself, or one that was loaded by a loader of its own"
-            raise input_error(where, "teacher", "the same loaded model with other weight patches", allowed, "Add a second loader for it.")
+        if model.model is student.model and own_modules(student, model) is None:
+            allowed = "the model itself, the model before Quantize, or one that was loaded by itself"
+            remedy = "Put LoRAs on both or none, or load the teacher from another file: equal loaders hand out one model."
+            raise input_error(where, "teacher", "the same loaded model with other weight patches", allowed, remedy)
         return ordinary_clone(model, self.settings["dtype"])
 
     def _feature_pairs(self, patcher: Any, features: dict) -> tuple:

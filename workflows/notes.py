@@ -10,6 +10,11 @@ NOTES = {
         "**weight_bits** and **act_bits**; **Velocity error** says in dB what that costs. **Keep Sensitive Layers** finds what 8 bits "
         "must leave alone to reach **target_db**. The 4-bit model is saved; what stays whole is by now most of it."
     ),
+    "quantize_and_train": (
+        "Weights of 2 bits, and a LoRA that learns beside them what the whole model does there, from eight of its own samples. **mode** "
+        "`simulate` lets gradients through the rounding of activations. The saved file holds codes and LoRA. Change **weight_bits** "
+        "to 3, **steps**, and the prompt; eight samples of one prompt teach little of others."
+    ),
     "load_compressed": (
         "A model without one of its nine blocks, in 8 bits, is saved and loaded again; the file is all that the second picture "
         "needs. To load a file of your own, unlink **path** and write its name. **Compression Info** reads it without building the "

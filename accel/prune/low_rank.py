@@ -70,6 +70,11 @@ class LowRankLinear(nn.Module):
         return self
 
     @property
+    def handed_out(self) -> tuple[int, int]:
+        """Shape of the weight that functions on it are given."""
+        return self.out_features, self.in_features
+
+    @property
     def rank(self) -> int:
         return len(self.down)
 

@@ -3,7 +3,9 @@
     y = (x·diag(m)·R) Ŵ'ᵀ + bias,      Ŵ' ≈ W·diag(1/m)·R
 
 m smooths (1 where there is none), R is orthogonal. Activations are quantised a token at their own range, so that the product is that of
-8-bit integers; 16 bits leave them as they are and the product in floating point.
+8-bit integers; 16 bits leave them as they are and the product in floating point. Where the layer simulates, the integers' numbers are
+multiplied in floating point, and a gradient passes the rounding of x as if it were not there (straight through, Bengio et al., arXiv
+1308.3432): what trains on such a model learns beside the errors that the integers will make.
 
 What a patcher does with a layer, and what this one answers:
 - it copies options deeply: a copy of this layer is the layer itself;
@@ -25,7 +27,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from ...kernels.int8_linear import Int8Weight, int8_linear
-from ...kernels.quantise_tokens import NOTHING
+from ...kernels.quantise_tokens import NOTHING, quantise_tokens
 from ..prune.compact import LayerCut, narrowed, spread
 from .rotation import Rotation
 from .stored import StoredWeight
@@ -68,18 +70,18 @@ class QuantLinear(nn.Module):
     Args:
         stored: codes of W·diag(1/m)·R.
         bias: (n,) or None. act_bits: 2 to 8, or 16. smooth: m (k,) float32 or None. lora: one of LORA_POLICIES.
-        added: factors (a, b) as `factors` gives them, of what bypasses the codes for good: a file's LoRA.
+        added: factors (a, b) as `factors` gives them, of what bypasses the codes for good: a file's LoRA. simulate: see above.
     """
 
     comfy_cast_weights = True
 
     def __init__(
         self, stored: StoredWeight, bias: torch.Tensor | None, act_bits: int, rotation: Rotation, smooth: torch.Tensor | None, lora: str,
-        added: tuple[torch.Tensor, torch.Tensor] | None = None,
+        added: tuple[torch.Tensor, torch.Tensor] | None = None, simulate: bool = False,
     ):  # fmt: skip
         super().__init__()
         self.in_features, self.out_features = stored.columns, stored.codes.shape[0]
-        self.act_bits, self.lora = act_bits, lora
+        self.act_bits, self.lora, self.simulate = act_bits, lora, simulate
         self.layout, self.bits = stored.layout, stored.bits
         self.weight = nn.Parameter(stored.codes, requires_grad=False)
         self.bias = None if bias is None else nn.Parameter(bias, requires_grad=False)
@@ -113,6 +115,11 @@ class QuantLinear(nn.Module):
     def stored(self) -> StoredWeight:
         tensors = (self.weight.data, self.weight_scale, self.tlq_codebook, self.weight_s_rel)
         return StoredWeight(self.layout, self.bits, self.in_features, *tensors)
+
+    @property
+    def handed_out(self) -> tuple[int, int]:
+        """Shape of the weight that functions on it are given."""
+        return self.full
 
     @property
     def group(self) -> int:
@@ -155,7 +162,8 @@ class QuantLinear(nn.Module):
 
     def with_activations(self, act_bits: int, codes: torch.Tensor, bias: torch.Tensor | None) -> QuantLinear:
         """This layer with activations of other bits: it shares every tensor but the codes and bias given, (n, bytes) and (n,)."""
-        made = QuantLinear(self.stored.with_codes(codes), bias, act_bits, self.rotation, self.smooth, self.lora, self.added)
+        stored = self.stored.with_codes(codes)
+        made = QuantLinear(stored, bias, act_bits, self.rotation, self.smooth, self.lora, self.added, self.simulate)
         made.cut, made.full = self.cut, self.full
         return made
 
@@ -206,17 +214,29 @@ class QuantLinear(nn.Module):
         if self.weight_function:
             return self._product_of_functions(x)
         bias = self._bias(x)
-        given, turn = x, self.rotation.turn(self.smooth)
-        if turn is None or self.act_bits == FULL:  # else the codes' own pass over x turns it
-            given, turn = self.rotation.apply(x if self.smooth is None else x * self.smooth.to(x.dtype)), NOTHING
         if self.act_bits == FULL:
-            out = F.linear(given, self.stored.numbers().to(x.dtype), bias)
+            out = F.linear(self._turned(x), self.stored.numbers().to(x.dtype), bias)
+        elif self.simulate:
+            codes, scale = self.stored.as_int8()
+            out = F.linear(self._rounded(x), (codes.float() * scale[:, None]).to(x.dtype), bias)
         else:
+            turn = self.rotation.turn(self.smooth)  # the codes' own pass over x turns it, where it can
+            given, turn = (self._turned(x), NOTHING) if turn is None else (x, turn)
             out = int8_linear(given, Int8Weight(*self.stored.as_int8()), bias, self.act_bits, turn)
         for a, b in self._beside():
             a, b = a.to(x), b.to(x)
             out = out + (F.linear(F.linear(x, a), b) if len(a) else F.linear(x, b))
         return out
+
+    def _turned(self, x: torch.Tensor) -> torch.Tensor:
+        """x in the codes' basis."""
+        return self.rotation.apply(x if self.smooth is None else x * self.smooth.to(x.dtype))
+
+    def _rounded(self, x: torch.Tensor) -> torch.Tensor:
+        """x in the codes' basis, as its integers stand for it, in x's dtype; its gradient is that of the basis alone."""
+        turned = self._turned(x.float())
+        codes, scale = quantise_tokens(turned.detach().reshape(-1, self.in_features), self.act_bits)
+        return (turned + ((codes.float() * scale).view_as(turned) - turned).detach()).to(x.dtype)
 
     def _beside(self) -> list[tuple[torch.Tensor, torch.Tensor]]:
         """Factors of all that bypasses the codes: a file's, and those of the parameter that was set with them."""
@@ -239,10 +259,13 @@ class QuantLinear(nn.Module):
         try:
             for function in self.weight_function:
                 weight = function(weight)
+            if self.simulate and self.act_bits != FULL:
+                given = self.rotation.undo(self._rounded(x))
+                x = given if self.smooth is None else given / self.smooth.to(x.dtype)
             return F.linear(x, self.narrowed(weight), self._bias(x))
         finally:
             self._handing_out = False
 
     def extra_repr(self) -> str:
-        what = f"{self.in_features} → {self.out_features}, W{self.bits}A{self.act_bits} {self.layout}"
+        what = f"{self.in_features} → {self.out_features}, W{self.bits}A{self.act_bits} {self.layout}{' simulated' * self.simulate}"
         return f"{what}, {self.rotation.kind}, {self.bits_per_weight:.2f} bits a weight"

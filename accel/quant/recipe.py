@@ -41,7 +41,7 @@ DOWN = re.compile(r"(?:mlp\.2|ff(?:_context)?\.net\.2|ffn\.2|feed_forward\.w2|ml
 
 @dataclass(frozen=True)
 class QuantScheme:
-    """weight_bits 2, 3, 4, 6 or 8; act_bits 4, 6, 8, or 16 to leave activations; group 0 for a grid a row."""
+    """weight_bits 2, 3, 4, 6 or 8; act_bits 4, 6, 8, or 16 to leave activations; group 0 for a grid a row; simulate: see linear.py."""
 
     weight_bits: int = 4
     act_bits: int = 8
@@ -54,10 +54,12 @@ class QuantScheme:
     keep_below: float = 0.0
     lora: str = "bypass"
     seed: int = 0
+    simulate: bool = False
 
     def line(self) -> str:
         group = "" if self.weight_bits == 8 else f" group {self.group}" if self.group else " rows"
-        return f"W{self.weight_bits}A{self.act_bits} {self.method}{group}, rotation {self.rotation}, LoRA {self.lora}"
+        how = ", simulated" * self.simulate
+        return f"W{self.weight_bits}A{self.act_bits} {self.method}{group}, rotation {self.rotation}, LoRA {self.lora}{how}"
 
     def check(self, where: str) -> None:
         """Raises: NodeInputError for what no layer can have."""
@@ -154,7 +156,7 @@ def quantised_layer(
         turned = rotation.apply(of if m is None else of / m)
         kept = None if added is None else added.detach().clone()
         stored = store(turned, scheme.weight_bits, scheme.group, scheme.method, rounds)
-        return QuantLinear(stored, kept, scheme.act_bits, rotation, m, scheme.lora)
+        return QuantLinear(stored, kept, scheme.act_bits, rotation, m, scheme.lora, simulate=scheme.simulate)
 
     best = ways[0]
     if len(ways) > 1:

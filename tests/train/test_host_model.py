@@ -242,7 +242,7 @@ def test_a_teacher_on_the_same_network_does_not_learn_with_the_student(tiny):
 
 def test_a_teacher_with_other_weights_on_the_same_network_is_refused(tiny):
     learnt = RectiflowTrain().execute(model=tiny.model, data=data(tiny), steps=1, **FAST)[0]
-    with pytest.raises(NodeInputError, match="second loader"):
+    with pytest.raises(NodeInputError, match="other weight patches"):
         RectiflowTrain().execute(model=tiny.model, data=data(tiny), steps=1, name="b", target=following(learnt), **FAST)
 
 
