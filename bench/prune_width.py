@@ -1,7 +1,7 @@
 """Heads and neurons removed from the tiny model by six rules, at equal size and without any training after it; writes
-bench/results/prune_width.csv (quality) and prune_width_speed.csv (time of the narrow model).
+bench/results/prune_width.csv (quality) and prune_width_speed.csv (time of the narrow model). And MLPs as linear maps: prune_width_maps.csv.
 
-    python bench/prune_width.py [--part quality speed] [--iterations N] [--seeds N] [--betas 1.0,0.1]
+    python bench/prune_width.py [--part quality speed maps] [--iterations N] [--seeds N] [--betas 1.0,0.1]
 
 Quality: 20 % of the weights of heads and 20 % of those of neurons go, to the nearest unit, by one ranking over all layers and by the same
 share of each. Measured: ‖ẑ_0 − z_0‖²/‖z_0‖² of final latents with prompts and noises that no rule has seen, against the whole model from
@@ -24,6 +24,7 @@ import torch
 from table import write_table
 
 STEPS, REMOVE = 6, 0.2
+PARTS = ("quality", "speed", "maps")
 LEARN = (
     "twemoji rocket on black", "noto cat on white", "twemoji pizza on white", "noto dog on black", "twemoji car on white",
     "noto apple on white", "twemoji fish on black", "noto house on white", "twemoji sun on white", "noto star on black",
@@ -125,13 +126,50 @@ def speed(bench: Bench, scores, rounds: int) -> None:
     write_table("prune_width_speed", SPEED, rows)
 
 
+def maps(bench: Bench, steps: int) -> None:
+    """MLPs as linear maps, those with the least residual first, and what a LoRA of rank 16 takes back in `steps` steps of 4."""
+    from rectiflow import NODE_CLASS_MAPPINGS
+    from rectiflow.train.linear_mlps import MapRequest, linearise
+
+    tiny, rows, whole = bench.tiny, [], bench.tiny.model.model_size()
+
+    def measured(streams: str, count: int, done, model, taught: int) -> None:
+        errors = [f"{relative(bench.final(model, cfg), wanted):.4f}" for cfg, wanted in bench.whole.items()]
+        last = done.exchanged[-1]
+        rows.append((streams, count, last, f"{done.residuals[last]:.3f}", f"{model.model_size() / whole:.3f}", taught, *errors))
+
+    def run(node: str, **inputs):
+        return NODE_CLASS_MAPPINGS[node]().execute(**inputs)
+
+    clean = tiny.sample(list(LEARN), tiny.noise(range(500, 500 + len(LEARN))), steps=STEPS * 2)
+    data = run("RectiflowLatentDataset", latents={"samples": clean}, positive=bench.prompts)[0]
+    target = run(
+        "RectiflowTrainTarget", kind="teacher_velocity", teacher=tiny.model, teacher_cfg=1.0, anneal_steps=1, annealing="linear"
+    )[0]
+    params = run("RectiflowTrainParams", kind="lora", rank=16, alpha=0.0, include="", exclude="", blocks="")[0]
+    for streams, counts in (("image", (1, 2, 3)), ("both", (4, 5, 6))):
+        for count in counts:
+            done = linearise(tiny.model, MapRequest(count, streams, 32, 8192), bench.shown(0), bench.services.guider, "bench")
+            measured(streams, count, done, done.model, 0)
+            if count in (3, 6):
+                learnt, *_ = run(
+                    "RectiflowTrain", model=done.model, data=data, params=params, target=target, steps=steps, batch=4, name=f"maps {count}",
+                    negative=tiny.conditioning(""), dtype="fp32", checkpointing=False, cond_dropout=0.2, ema=0.9, save_every=0,
+                    validate_every=0,
+                )  # fmt: skip
+                measured(streams, count, done, learnt, steps)
+    header = ("streams", "maps", "last", "its residual", "share of bytes", "steps of training", "error", "error cfg 3")
+    write_table("prune_width_maps", header, rows)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--iterations", type=int, default=30)
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--betas", default="1.0")
-    parser.add_argument("--part", nargs="+", choices=("quality", "speed"), default=("quality", "speed"))
+    parser.add_argument("--part", nargs="+", choices=PARTS, default=PARTS)
     parser.add_argument("--rounds", type=int, default=15)
+    parser.add_argument("--steps", type=int, default=60, help="of training on linear maps")
     given = parser.parse_args()
     from rectiflow.host.embedded import HostSettings, make_host, use_host
     from rectiflow.tests.contract.tiny_runs import TinyRuns
@@ -142,6 +180,10 @@ def main() -> None:
         from rectiflow.nodes.pruning import host_services
 
         bench = Bench(TinyRuns(host), host_services(), given.iterations)
+        if "maps" in given.part:
+            maps(bench, given.steps)
+        if not {"quality", "speed"} & set(given.part):
+            return
         magnitude = bench.scored("magnitude", 0)
         if "speed" in given.part:
             speed(bench, magnitude, given.rounds)

@@ -79,9 +79,11 @@ def _has(part: Part, name: str) -> bool:
     return True
 
 
-def _mlp(path: str, kind: str, part: Part, up: tuple[str, ...], down: str) -> WidthGroup:
-    rows = tuple(Span(f"{path}.{name}", 0, 1) for name in up)
-    return WidthGroup(path, kind, part(down).in_features, rows, (Span(f"{path}.{down}", 0, 1),))
+def _mlp(path: str, kind: str, part: Part, up: tuple[str, ...], down: str) -> Iterator[WidthGroup]:
+    """None where the MLP is one linear map (accel/prune/linear_mlps.py)."""
+    if _has(part, down):
+        rows = tuple(Span(f"{path}.{name}", 0, 1) for name in up)
+        yield WidthGroup(path, kind, part(down).in_features, rows, (Span(f"{path}.{down}", 0, 1),))
 
 
 def _fields(path: str, part: Part, names: tuple[str, ...], size: int = 1) -> tuple[tuple[str, int], ...]:
@@ -102,8 +104,8 @@ def _flux(block: StackBlock, part: Part) -> Iterator[WidthGroup]:
         heads, width = part("img_attn.num_heads"), part("img_attn.proj").in_features
         fused, out = ("img_attn.qkv", "txt_attn.qkv"), ("img_attn.proj", "txt_attn.proj")
         yield _joint(path, "heads", heads, width, fused, out, fields)
-        yield _mlp(path, "ffn", part, ("img_mlp.0",), "img_mlp.2")
-        yield _mlp(path, "txt_ffn", part, ("txt_mlp.0",), "txt_mlp.2")
+        yield from _mlp(path, "ffn", part, ("img_mlp.0",), "img_mlp.2")
+        yield from _mlp(path, "txt_ffn", part, ("txt_mlp.0",), "txt_mlp.2")
         return
     hidden, heads, mlp = part("hidden_size"), part("num_heads"), part("mlp_hidden_dim")
     fields = ((f"{path}.num_heads", 1), (f"{path}.hidden_size", hidden // heads))
@@ -121,9 +123,9 @@ def _sd3(block: StackBlock, part: Part) -> Iterator[WidthGroup]:
     if _has(part, "x_block.attn2"):
         fields = _fields(path, part, ("x_block.attn2.num_heads",))
         yield _joint(path, "heads2", part("x_block.attn2.num_heads"), width, ("x_block.attn2.qkv",), ("x_block.attn2.proj",), fields)
-    yield _mlp(path, "ffn", part, ("x_block.mlp.fc1",), "x_block.mlp.fc2")
+    yield from _mlp(path, "ffn", part, ("x_block.mlp.fc1",), "x_block.mlp.fc2")
     if _has(part, "context_block.mlp"):
-        yield _mlp(path, "txt_ffn", part, ("context_block.mlp.fc1",), "context_block.mlp.fc2")
+        yield from _mlp(path, "txt_ffn", part, ("context_block.mlp.fc1",), "context_block.mlp.fc2")
 
 
 def _qwen(block: StackBlock, part: Part) -> Iterator[WidthGroup]:
@@ -132,8 +134,8 @@ def _qwen(block: StackBlock, part: Part) -> Iterator[WidthGroup]:
     made = tuple(Span(f"{path}.attn.{name}", 0, size) for name in ("to_q", "to_k", "to_v", "add_q_proj", "add_k_proj", "add_v_proj"))
     read = tuple(Span(f"{path}.attn.{name}", 0, size) for name in ("to_out.0", "to_add_out"))
     yield WidthGroup(path, "heads", heads, made, read, ((f"{path}.attn.heads", 1),))
-    yield _mlp(path, "ffn", part, ("img_mlp.net.0.proj",), "img_mlp.net.2")
-    yield _mlp(path, "txt_ffn", part, ("txt_mlp.net.0.proj",), "txt_mlp.net.2")
+    yield from _mlp(path, "ffn", part, ("img_mlp.net.0.proj",), "img_mlp.net.2")
+    yield from _mlp(path, "txt_ffn", part, ("txt_mlp.net.0.proj",), "txt_mlp.net.2")
 
 
 def _lumina(block: StackBlock, part: Part) -> Iterator[WidthGroup]:
@@ -143,15 +145,15 @@ def _lumina(block: StackBlock, part: Part) -> Iterator[WidthGroup]:
     rows = (Span(layer, 0, shared * head), Span(layer, queries * head, head), Span(layer, (queries + keys) * head, head))
     fields = ((f"{path}.attention.n_local_heads", shared), (f"{path}.attention.n_local_kv_heads", 1))
     yield WidthGroup(path, "heads", keys, rows, (Span(f"{path}.attention.out", 0, shared * head),), fields)
-    yield _mlp(path, "ffn", part, ("feed_forward.w1", "feed_forward.w3"), "feed_forward.w2")
+    yield from _mlp(path, "ffn", part, ("feed_forward.w1", "feed_forward.w3"), "feed_forward.w2")
 
 
 def _wan(block: StackBlock, part: Part) -> Iterator[WidthGroup]:
-    yield _mlp(block.path, "ffn", part, ("ffn.0",), "ffn.2")
+    yield from _mlp(block.path, "ffn", part, ("ffn.0",), "ffn.2")
 
 
 def _ltx(block: StackBlock, part: Part) -> Iterator[WidthGroup]:
-    yield _mlp(block.path, "ffn", part, ("ff.net.0.proj",), "ff.net.2")
+    yield from _mlp(block.path, "ffn", part, ("ff.net.0.proj",), "ff.net.2")
 
 
 _FAMILIES = MappingProxyType({

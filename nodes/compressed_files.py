@@ -84,6 +84,7 @@ class RectiflowSaveCompressed(Node):
         blocks = sum(manifest.counts[holder] - len(kept) for holder, kept in manifest.kept.items())
         parts = [f"{len(manifest.quant)} quantised layers", f"{blocks} blocks less", f"{len(manifest.width)} narrower layers"]
         parts += [f"{len(manifest.low_rank)} factored layers"] if manifest.low_rank else []
+        parts += [f"{len(manifest.maps)} linear maps"] if manifest.maps else []
         report = f"{file}: {size / 2**20:.2f} MiB, {', '.join(parts)}, {format}, others in {manifest.dtype}"
         return (Path(below, file).as_posix(), report)
 

@@ -242,3 +242,41 @@ class RectiflowLoraForPruned(Node):
         except (OSError, ValueError) as error:
             got, allowed = f"{lora_name}: {error}"[:190], "a whole safetensors file"
             raise input_error(self.TITLE, "lora_name", got, allowed, "Fetch it again.") from error
+
+
+class RectiflowWidthToLinear(Node):
+    """Exchanges the MLPs that are nearly linear for linear maps, fitted to what they do on the model's own samples (PPCL)."""
+
+    TITLE = "Width to Linear"
+    GROUP = GROUP
+    SEARCH_ALIASES = ["ppcl", "ffn pruning", "linear mlp", "smaller model", "width pruning"]
+    INPUTS = (
+        socket("model", "MODEL", "A model in 16 or 32 bits at full width; blocks may be left out."),
+        _POSITIVE, _LATENT,
+        integer("count", 1, 1, 1000, "MLPs to exchange: those whose map leaves least unsaid. An eighth of an MLP's weights stays."),
+        choice("streams", ("both", "image", "text"), "Of which tokens. Text has few different tokens: show many prompts."),
+        seed_input("Of the samples."),
+        _NEGATIVE,
+        integer("samples", 16, 1, 4096, "Pictures that the model draws to be measured on.", optional=True, advanced=True),
+        integer("sample_steps", 12, 1, 200, "Euler steps of each of these.", optional=True, advanced=True),
+        number("cfg", 1.0, 0.0, 100.0, "Guidance of these samples.", step=0.1, optional=True, advanced=True),
+        integer("points", 32, 1, 1024, "Places of the flow where the model is asked.", optional=True, advanced=True),
+        integer("tokens", 8192, 16, 1048576, "Tokens of each MLP that its map is fitted to; more than its channels, and on the CPU.",
+            optional=True, advanced=True,
+        ),
+    )  # fmt: skip
+    OUTPUTS = (
+        Output("MODEL", "model", "The model with maps; Train takes back what they lost, Save Compressed keeps them."),
+        Output("STRING", "report", "What each map leaves unsaid, and sizes; link it to Preview Any."),
+        Output("IMAGE", "plot", "Residuals as bars, orange what is a map now."),
+    )
+
+    def run(self, model, positive, latent, count, streams, seed, points=32, tokens=8192, **shown):
+        from ..host import CFGGuider
+        from ..metrics.bars import bar_chart
+        from ..train.linear_mlps import MapRequest, linearise
+        from .pruning import calibration
+
+        pool = calibration(model, positive, latent, seed=seed, **shown)
+        done = linearise(model, MapRequest(count, streams, points, tokens), pool, CFGGuider, self.TITLE)
+        return (done.model, done.report, bar_chart(done.residuals, set(done.exchanged), "unsaid by a linear map"))

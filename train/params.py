@@ -21,6 +21,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ..accel.modules import seen_modules
 from ..errors import input_error
 from ..families.blocks import block_layout, parse_blocks
 from .draws import seeded
@@ -150,10 +151,9 @@ def attach(patcher: Any, subset: ParamSubset, seed: int, where: str) -> Addition
 
     Raises: NodeInputError where nothing is chosen.
     """
-    network = patcher.get_model_object("diffusion_model")
-    wanted = _layer_filter(network, subset, where)
+    wanted = _layer_filter(patcher.get_model_object("diffusion_model"), subset, where)
     modules: dict[str, LowRank | Difference] = {}
-    for name, layer in network.named_modules():
+    for name, layer in seen_modules(patcher):
         if not hasattr(layer, "weight_function") or getattr(layer, "weight", None) is None or not wanted(name):
             continue
         modules |= _for_layer(name, layer, subset, seed)

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from ..accel.prune.identity import model_hash
+from ..accel.prune.linear_mlps import with_learnt
 from ..errors import input_error
 from ..families.blocks import block_layout, parse_blocks
 from .checkpoints import RunFolder, write_whole
@@ -273,7 +274,8 @@ class Session:
             "parameters": sum(value.numel() for value in trainer.params.values()), "skipped": sum(step.skipped for step in history.steps),
             "dropout": self.config.dropout, "density": self.config.density.describe(), "folder": self.folder.path.name, "notes": self.notes,
         }  # fmt: skip
-        model = self.services.with_lora(self.request.model, self.exported)
+        model, tensors = with_learnt(self.request.model, self.exported)
+        model = self.services.with_lora(model, tensors)
         losses = {"loss": [step.loss for step in history.steps]}
         return (model, self.exported, losses, curve_picture(history), self.previews, json.dumps(report, indent=1), trainer.done)
 

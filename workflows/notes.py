@@ -10,6 +10,11 @@ NOTES = {
         "**weight_bits** and **act_bits**; **Velocity error** says in dB what that costs. **Keep Sensitive Layers** finds what 8 bits "
         "must leave alone to reach **target_db**. The 4-bit model is saved; what stays whole is by now most of it."
     ),
+    "width_to_linear": (
+        "The three image MLPs of the double blocks become linear maps with an eighth of their weights, fitted to what they do on eight "
+        "of the model's own samples; a LoRA then learns what the whole model does there. Change **count** and **streams**; the report says "
+        "what each map leaves unsaid. The saved file holds the maps and what was learnt."
+    ),
     "quantize_and_train": (
         "Weights of 2 bits, and a LoRA that learns beside them what the whole model does there, from eight of its own samples. **mode** "
         "`simulate` lets gradients through the rounding of activations. The saved file holds codes and LoRA. Change **weight_bits** "

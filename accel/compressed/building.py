@@ -21,6 +21,7 @@ from ..modules import NETWORK
 from ..prune.apply import ATTACHMENT as PLAN
 from ..prune.apply import SkipBlock
 from ..prune.compact import LayerCut, layer_cuts, narrow_layer
+from ..prune.linear_mlps import LinearMlp, linear_like
 from ..prune.plan import PrunePlan
 from ..prune.width import check_width
 from .manifest import DTYPES, Manifest
@@ -29,6 +30,7 @@ from .writing import ATTACHMENT
 
 __all__ = ["built_model"]
 
+MOVED = ("quant", "width", "fields", "low_rank", "maps")  # what a manifest has by the names of layers
 Make = Callable[[dict[str, torch.Tensor]], Any]
 
 
@@ -58,6 +60,8 @@ def built_model(loaded: Loaded, make: Make, where: str, compact: bool = False) -
         raise refuse(f"of {manifest.arch[:100]} that reads as {type(network).__name__}")
     try:
         _place_blocks(network, loaded, where)
+        for path in manifest.maps:
+            _place_map(network, path, loaded)
         cuts = _cuts(network, loaded, where)
         for path, fields in manifest.fields.items():
             _set_fields(network.get_submodule(path), path, fields)
@@ -98,18 +102,23 @@ def _compacted(model: Any, loaded: Loaded, where: str) -> Any:
     for holder in loaded.manifest.kept:
         setattr(network, holder, nn.ModuleList(block for block in getattr(network, holder) if not isinstance(block, SkipBlock)))
     stored = loaded.manifest.numbering.stored
-    moved = {part: {stored(n): v for n, v in getattr(loaded.manifest, part).items()} for part in ("quant", "width", "fields", "low_rank")}
+    moved = {part: {stored(n): v for n, v in getattr(loaded.manifest, part).items()} for part in MOVED}
     return _with_manifest(model, replace(loaded.manifest, counts={}, kept={}, plan="", **moved), None)
 
 
 def _state(loaded: Loaded) -> dict[str, torch.Tensor]:
     """What the host builds from: whole widths, the blocks that are there numbered without gaps."""
     manifest, dtype = loaded.manifest, DTYPES[loaded.manifest.dtype]
-    state = dict(loaded.plain)
+    own = tuple(f"{path}." for path in manifest.maps)
+    state = {key: tensor for key, tensor in loaded.plain.items() if not key.startswith(own)}
+    for path, shapes in manifest.maps.items():
+        state |= {f"{path}.{part}": torch.zeros((1,) * len(shape), dtype=dtype).expand(shape) for part, shape in shapes.items()}
     full = {name: (form.rows, form.columns) for name, form in manifest.quant.items()}
     full |= {name: (sizes["rows"], sizes["columns"]) for name, sizes in manifest.width.items()}
     full |= {name: (sizes["rows"], sizes["columns"]) for name, sizes in manifest.low_rank.items()}
     for name, shape in full.items():
+        if name.startswith(own):
+            continue
         state[f"{name}.weight"] = torch.zeros(1, 1, dtype=dtype).expand(shape)
         if f"{name}.bias" in state:
             state[f"{name}.bias"] = torch.zeros(1, dtype=dtype).expand(shape[0])
@@ -177,6 +186,23 @@ def _narrow(network: nn.Module, name: str, loaded: Loaded, cut: LayerCut | None)
     if bias is not None:
         small.bias = nn.Parameter(bias.to(own.bias.dtype), requires_grad=False)
     return small
+
+
+def _place_map(network: nn.Module, path: str, loaded: Loaded) -> None:
+    """The file's linear map, plain or in few bits, in the place of an MLP of the network."""
+    owner, _, last = path.rpartition(".")
+    parent, name = network.get_submodule(owner), f"{path}.map"
+    mlp = getattr(parent, last)
+    linear = [layer for layer in mlp.modules() if isinstance(layer, nn.Linear)]
+    sides = (linear[-1].out_features, linear[0].in_features) if len(linear) > 1 else None
+    form, weight = loaded.manifest.quant.get(name), loaded.plain.get(f"{name}.weight")
+    stored = tuple(weight.shape) if weight is not None else (form.rows, form.columns) if form is not None else None
+    bias = loaded.plain.get(f"{name}.bias")
+    if sides is None or stored != sides or bias is not None and bias.shape != stored[:1]:
+        raise LookupError(f"{path[:100]} is no MLP that a map of {stored} can stand for")
+    if weight is None:  # its codes are placed with the others
+        weight = torch.zeros(1, 1).expand(stored)
+    setattr(parent, last, LinearMlp(linear_like(linear[-1], weight, bias)))
 
 
 def _place(network: nn.Module, name: str, layer: nn.Module, loaded: Loaded) -> None:

@@ -19,6 +19,8 @@ def describe(loaded: Loaded) -> str:
         lines.append(f"pruned by {loaded.plan.method}")
     if manifest.width:
         lines.append(f"{len(manifest.width)} layers are narrower than the whole model's")
+    if manifest.maps:
+        lines.append(f"{len(manifest.maps)} MLPs are linear maps: {', '.join(manifest.maps)}")
     if loaded.low_rank:
         ranks = sorted({layer.rank for layer in loaded.low_rank.values()})
         held = sum(layer.nbytes for layer in loaded.low_rank.values())

@@ -11,7 +11,9 @@ It stands twice in a file: as the tensor `compress.manifest` (uint8), since the 
 
 kept: blocks of a holder that are in the file, where some are not; tensors of these are renumbered without gaps. width: full size of a
 linear layer that is stored narrower. fields: whole numbers that a narrowed block counts with. low_rank, left out where there is none:
-layers that are two factors and a matrix shared by their group, stored with its first layer; group 0 has none.
+layers that are two factors and a matrix shared by their group, stored with its first layer; group 0 has none. maps, left out where there
+is none: MLPs that are one linear map, stored as its layer `map`, with the shapes of the weights that stood there,
+{"double_blocks.0.img_mlp": {"0.weight": [1024, 256], …}}.
 """
 
 from __future__ import annotations
@@ -41,6 +43,7 @@ LONGEST = 64 << 20
 LARGEST = 1 << 24  # channels
 NARROWEST = 64  # a stored side is at least this share of the full one: the network is built at full size before it is narrowed
 DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
+OPTIONAL = ("low_rank", "maps")  # fields that are left out where they are empty
 HASH = re.compile(r"[0-9a-f]{16}")
 
 
@@ -135,6 +138,7 @@ class Manifest:
     fields: dict[str, dict[str, int]] = field(default_factory=dict)
     plan: str = ""
     low_rank: dict[str, dict[str, int]] = field(default_factory=dict)
+    maps: dict[str, dict[str, tuple[int, ...]]] = field(default_factory=dict)
 
     @property
     def first_of_group(self) -> dict[int, str]:
@@ -147,7 +151,7 @@ class Manifest:
 
     def text(self) -> str:
         """JSON with sorted keys: equal manifests are equal texts."""
-        said = {name: value for name, value in asdict(self).items() if value or name != "low_rank"}
+        said = {name: value for name, value in asdict(self).items() if value or name not in OPTIONAL}
         return json.dumps({"format": FORMAT, "version": VERSION, **said}, sort_keys=True, separators=(",", ":"))
 
     def tensor(self) -> torch.Tensor:
@@ -173,8 +177,8 @@ class Manifest:
 
     @classmethod
     def _checked(cls, found: dict[str, Any]) -> Manifest:
-        found = {"low_rank": {}, **found}
-        kinds = {name: dict for name in ("base", "quant", "counts", "kept", "width", "fields", "low_rank")}
+        found = {**{name: {} for name in OPTIONAL}, **found}
+        kinds = {name: dict for name in ("base", "quant", "counts", "kept", "width", "fields", *OPTIONAL)}
         kinds |= {name: str for name in ("arch", "base_sha256_16", "dtype", "plan")}
         if set(found) != set(kinds):
             raise ManifestError(f"fields {', '.join(sorted(set(found) ^ set(kinds)))[:200]} are missing or unknown")
@@ -193,6 +197,7 @@ class Manifest:
             "width": {name: _numbers(name, sizes, ("rows", "columns")) for name, sizes in found["width"].items()},
             "fields": {name: _numbers(name, counts) for name, counts in found["fields"].items()},
             "low_rank": {name: _factors(name, sizes) for name, sizes in found["low_rank"].items()},
+            "maps": {name: _shapes(name, stood) for name, stood in found["maps"].items()},
         }
         return cls(**{**found, **checked})
 
@@ -230,6 +235,12 @@ def _factors(name: str, found: Any) -> dict[str, int]:
     group = found.get("group") if isinstance(found, dict) else None
     sizes = _numbers(name, {**found, "group": 1} if group == 0 and type(group) is int else found, ("rows", "columns", "rank", "group"))
     return {**sizes, "group": group}
+
+
+def _shapes(name: str, found: Any) -> dict[str, tuple[int, ...]]:
+    if not isinstance(found, dict) or not found or not all(isinstance(shape, list) and 1 <= len(shape) <= 2 for shape in found.values()):
+        raise ManifestError(f"{name[:100]} must have shapes of the weights that its map stands for")
+    return {part: tuple(_whole(side, 1, LARGEST, f"{part[:50]} of {name[:100]}") for side in shape) for part, shape in found.items()}
 
 
 def core_marker(rotation: str) -> torch.Tensor:

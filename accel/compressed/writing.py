@@ -25,6 +25,7 @@ from ..modules import NETWORK, own_weight, seen_modules
 from ..prune.apply import SkipBlock, plan_of
 from ..prune.compact import NarrowWeights
 from ..prune.identity import model_hash, original_module
+from ..prune.linear_mlps import LinearMlp
 from ..prune.low_rank import LowRankLinear
 from ..prune.students import StudentBlock
 from ..quant.linear import QuantLinear, factors, product
@@ -109,6 +110,9 @@ def _check_form(model: Any, form: str, manifest: Manifest, where: str) -> None:
         allowed = "W8A8 layers with rotation none or convrot, without smoothing and without a LoRA beside the codes"
         remedy = "Choose rectiflow, or quantise with 8 bits, rotation convrot, smooth_alpha 0 and lora before."
         raise input_error(where, "format", got, allowed, remedy)
+    if manifest.maps:
+        remedy = "Choose rectiflow: other loaders look for the MLPs."
+        raise input_error(where, "format", f"{form} of a model with linear maps", "models with their own MLPs", remedy)
     if manifest.width or manifest.fields:
         remedy = "Choose rectiflow: other loaders take one width for all blocks."
         raise input_error(where, "format", f"{form} of a narrowed model", "models of full width", remedy)
@@ -138,7 +142,17 @@ def _manifest(
     origin = model_hash(model) if known is None else known.base_sha256_16
     built = {"kind": base} if known is None else known.base
     text = "" if plan is None else plan.to_json()
-    return Manifest(arch, built, origin, dtype, quant, counts, kept, width, fields, text, low_rank)
+    maps = {**(known.maps if known is not None else {}), **_replaced(model, modules)}
+    return Manifest(arch, built, origin, dtype, quant, counts, kept, width, fields, text, low_rank, maps)
+
+
+def _replaced(model: Any, modules: Mapping[str, nn.Module]) -> dict[str, dict[str, tuple[int, ...]]]:
+    """MLPs that this clone has maps for → the shapes of their own weights."""
+    own = {name: original_module(model, name) for name, module in modules.items() if isinstance(module, LinearMlp)}
+    return {
+        name: {part: tuple(value.shape) for part, value in mlp.named_parameters()}
+        for name, mlp in own.items() if not isinstance(mlp, LinearMlp)
+    }  # fmt: skip
 
 
 def _narrowed(model: Any, modules: Mapping[str, nn.Module]) -> tuple[dict[str, dict[str, int]], dict[str, dict[str, int]]]:

@@ -29,7 +29,8 @@ from torch import Tensor
 from ...families.stack import Stack, StackBlock, State
 from .plan import Run
 
-__all__ = ["MERGES", "ProbeStats", "Recorder", "best_runs", "fit_probe", "linear_cka", "probe_stats", "probe_tables", "trend_runs"]
+__all__ = ["MERGES", "ProbeStats", "Recorder", "best_runs", "fit_probe", "linear_cka", "probe_stats", "probe_tables", "ridge_map",
+           "trend_runs"]  # fmt: skip
 
 MERGES = ("min", "image", "mean")
 IMAGE = ("img", "x", "hidden_states")  # what streams of image tokens are called
@@ -42,12 +43,17 @@ def linear_cka(a: Tensor, b: Tensor) -> float:
     return float((b.T @ a).square().sum() / scale) if scale > 0 else 1.0
 
 
-def fit_probe(inputs: Tensor, outputs: Tensor, ridge: float) -> Tensor:
-    """The map of inputs (n, d) to outputs − inputs with a bias row, (d + 1, d) float64; the bias is not shrunk."""
+def ridge_map(inputs: Tensor, outputs: Tensor, ridge: float) -> Tensor:
+    """The map of inputs (n, d) to outputs (n, e) with a bias row, (d + 1, e) float64; the bias is not shrunk."""
     h = torch.cat((inputs.double(), inputs.new_ones(len(inputs), 1, dtype=torch.float64)), dim=1)
     gram = h.T @ h
     gram.diagonal()[:-1] += ridge * float(gram.diagonal()[:-1].mean())
-    return torch.linalg.lstsq(gram, h.T @ (outputs.double() - inputs.double()), driver="gelsd").solution
+    return torch.linalg.lstsq(gram, h.T @ outputs.double(), driver="gelsd").solution
+
+
+def fit_probe(inputs: Tensor, outputs: Tensor, ridge: float) -> Tensor:
+    """ridge_map to outputs − inputs."""
+    return ridge_map(inputs, outputs.double() - inputs.double(), ridge)
 
 
 def _read(tokens: Tensor) -> Tensor:

@@ -19,6 +19,7 @@ from ...errors import input_error
 from ...families.width import WidthGroup, width_groups
 from .apply import ATTACHMENT, plan_of, stack_under
 from .identity import NETWORK, model_hash, original_parameters, original_part, original_weight
+from .linear_mlps import linear_parts
 from .plan import PrunePlan
 
 __all__ = [
@@ -62,8 +63,11 @@ class WidthCut:
 def groups_of(model: Any, where: str) -> tuple[WidthGroup, ...]:
     """The heads and neurons of MODEL as it was loaded, without the blocks that a plan on it leaves out.
 
-    Raises: NodeInputError for a family that is not known.
+    Raises: NodeInputError for a family that is not known, and a model whose MLPs are linear maps.
     """
+    if maps := linear_parts(model):
+        remedy = "Take one of the two out; the report of Width to Linear says which MLPs are maps."
+        raise input_error(where, "model", f"{len(maps)} MLPs that are linear maps", "a model with its own MLPs", remedy)
     stack, plan = stack_under(model, where), plan_of(model)
     gone = {block.path for block in plan.removed(stack)} | set(plan.students) if plan else set()
     return tuple(group for group in full_groups(model, where) if group.path not in gone)

@@ -18,6 +18,7 @@ from torch import nn
 from ...errors import input_error
 from ..modules import NETWORK, own_weight, seen_modules
 from ..prune.compact import NarrowWeights
+from ..prune.linear_mlps import put_layer
 from .linear import QuantLinear
 
 __all__ = ["chosen_layers", "put_on", "quantised_parts", "with_activations"]
@@ -64,7 +65,7 @@ def put_on(model: Any, layers: Mapping[str, QuantLinear], inside: Collection[str
         saved += layer_of(name).weight.nbytes - layer.nbytes
         if isinstance(layer_of(name), NarrowWeights):
             layer.cut_to(layer_of(name).cut, layer_of(name).full)
-        patched.add_object_patch(NETWORK + name, layer)
+        put_layer(patched, name, layer)
         if name in inside:
             patched.patches.pop(f"{NETWORK}{name}.weight", None)
             patched.weight_wrapper_patches.pop(f"{NETWORK}{name}.weight", None)
@@ -81,6 +82,6 @@ def with_activations(model: Any, names: Collection[str], act_bits: int) -> Any:
             part = parts[name]
             bias = None if part.bias is None else own_weight(model, name, part, "bias")
             made = part.with_activations(act_bits, own_weight(model, name, part), bias)
-            patched.add_object_patch(NETWORK + name, made)
+            put_layer(patched, name, made)
     patched.patches_uuid = uuid.uuid4()
     return patched

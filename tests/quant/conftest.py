@@ -52,6 +52,13 @@ class QuantRuns(TinyRuns):
     def latent(self, model, steps: int = 2, cfg: float = 1.0, seed: int = 1) -> torch.Tensor:
         return self.sample("noto cat on white", self.noise([seed]), model=model, steps=steps, cfg=cfg)
 
+    def velocity_error(self, model, prompt: str = "noto rocket on blue") -> float:
+        """‖v − v_t‖/‖v_t‖ over one Euler step from noises that no test trains on."""
+        noise, prompts = self.noise([31, 32, 33]), [prompt] * 3
+        sigmas = torch.tensor([0.8, 0.0])
+        wanted, found = (self.sample(prompts, noise, model=each, sigmas=sigmas, cfg=1.0) for each in (self.model, model))
+        return float((found - wanted).norm() / wanted.norm())
+
     def pruned(self, *paths: str):
         stack = stack_under(self.model, "test")
         plan = plan_without(tuple(stack.at(path) for path in paths), stack, model_hash(self.model), "test")

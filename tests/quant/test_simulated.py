@@ -83,14 +83,6 @@ def test_a_lora_learns_beside_the_rounding(runs):
             ema=0.0, save_every=0, validate_every=0,
         )  # fmt: skip
         learnt = load_lora_for_models(packed, None, lora, 1.0, 0.0)[0]
-    errors = [_velocity_error(runs, model) for model in (packed, learnt)]
+    errors = [runs.velocity_error(model) for model in (packed, learnt)]
     assert errors[1] < 0.9 * errors[0], errors
     assert torch.equal(runs.latent(runs.model), exact)
-
-
-def _velocity_error(runs, model) -> float:
-    """Of one Euler step from noises and for a prompt that training saw neither of."""
-    noise, prompts = runs.noise([31, 32, 33]), ["noto rocket on blue"] * 3
-    sigmas = torch.tensor([0.8, 0.0])
-    wanted, found = (runs.sample(prompts, noise, model=each, sigmas=sigmas, cfg=1.0) for each in (runs.model, model))
-    return float((found - wanted).norm() / wanted.norm())
