@@ -1,6 +1,7 @@
 """Depth pruning at a third of the blocks: `python bench/prune.py [--steps N] [--seeds N] [--search N]`; writes bench/results/prune_*.csv.
 
-    python bench/deep_flow.py FILE && python bench/prune.py --deep FILE     the first table on 27 blocks: prune_deep.csv
+    python bench/deep_flow.py FILE && python bench/prune.py --deep FILE     the first two tables on 27 blocks: prune_deep.csv,
+                                                                            prune_deep_students.csv
 
     prune_selections   three of the tiny model's nine blocks left out by each method, then equal recovery (Recover Pruned, all weights that
                        are left, equal steps, batch and rate)
@@ -24,8 +25,10 @@ from pathlib import Path
 import torch
 from deep_flow import HELD_OUT, SHOWN, load_deep
 from rectiflow.accel.prune.apply import apply_plan, stack_under
+from rectiflow.accel.prune.depth_masks import patterns_like
 from rectiflow.accel.prune.plan import PrunePlan
 from rectiflow.accel.prune.scores import relative_error
+from rectiflow.accel.prune.select import protected
 from rectiflow.accel.prune.students import apply_runs
 from rectiflow.host.embedded import HostSettings, make_host, use_host
 from rectiflow.nodes.metrics import RectiflowFeatureDistance
@@ -38,7 +41,7 @@ from rectiflow.train.prune_scores import RunSearch, ScoreRequest, find_runs, sco
 from rectiflow.train.recovery import RecoverSettings, recover
 from table import write_table
 
-SHARE, WHERE = 1 / 3, "bench"
+SHARE, PROTECT, WHERE = 1 / 3, "0, -1", "bench"
 BATCH, LR, LR_STUDENTS = 4, 3e-4, 1e-3  # of 3e-4 and 1e-3 the better one for each after 40 steps
 SCORES = ("random", "ends", "magnitude", "similarity", "sensitivity")
 
@@ -46,11 +49,11 @@ SCORES = ("random", "ends", "magnitude", "similarity", "sensitivity")
 class Bench:
     """A whole MODEL, the tiny one unless told, and what every pruned one is compared with.
 
-    single_pattern: TinyFusion's groups, which leave out a third of the blocks.
+    uniform: groups of single blocks that leave out a third of all blocks, as TinyFusion is published, beside those that similarity gives.
     """
 
-    def __init__(self, tiny: TinyRuns, model=None, single_pattern: str = "2:5"):
-        self.tiny, self.model, self.single_pattern = tiny, model or tiny.model, single_pattern
+    def __init__(self, tiny: TinyRuns, model=None, uniform: str = ""):
+        self.tiny, self.model, self.uniform = tiny, model or tiny.model, uniform
         self.stack = stack_under(self.model, WHERE)
         empty = tiny.conditioning("")
         prompts = [[entry for text in texts for entry in tiny.conditioning(text)] for texts in (SHOWN, HELD_OUT)]
@@ -97,14 +100,18 @@ class Bench:
         for method in SCORES:
             request = ScoreRequest(method, SHARE, at=16)
             timed(method, lambda request=request: score_blocks(self.model, request, self.seeded(seed), host_services().guider, WHERE).plan)
-        timed("TinyFusion", lambda: self.learned(seed, search).plan)
+        gone = found["similarity"][0].removed(self.stack)
+        patterns = patterns_like(gone, self.stack, protected(PROTECT, self.stack, WHERE))
+        timed("TinyFusion", lambda: self.learned(seed, search, patterns["double"], patterns["single"]).plan)
+        if self.uniform:
+            timed("TinyFusion, uniform groups", lambda: self.learned(seed, search, "", self.uniform).plan)
         timed("PPCL runs", lambda: find_runs(self.model, RunSearch(SHARE), self.seeded(seed), host_services().guider, WHERE).plan)
         return found
 
-    def learned(self, seed: int, steps: int):
+    def learned(self, seed: int, steps: int, double: str, single: str):
         settings = DepthSettings(
-            double_pattern="", single_pattern=self.single_pattern, steps=steps, batch=BATCH, lr_logits=5e-3, lr_lora=3e-4, tau_end=0.5,
-            ema=0.9, seed=seed,
+            double_pattern=double, single_pattern=single, protect=PROTECT, steps=steps, batch=BATCH, lr_logits=5e-3, lr_lora=3e-4,
+            tau_end=0.5, ema=0.9, seed=seed,
         )  # fmt: skip
         return learn_depth(self.model, settings, self.seeded(seed), None, host_services())
 
@@ -145,7 +152,7 @@ def selections(bench: Bench, seeds: int, steps: int, search: int, table: str = "
     return plans
 
 
-def students(bench: Bench, seeds: int, steps: int) -> None:
+def students(bench: Bench, seeds: int, steps: int, table: str = "prune_students") -> None:
     """PPCL's students of the runs it finds, after as many steps as the recovery of prune_selections, and after twice as many."""
     rows, figures = [], {}
     for seed in range(seeds):
@@ -157,7 +164,7 @@ def students(bench: Bench, seeds: int, steps: int) -> None:
             _row(rows, figures, (f"{count} steps", seed, names_out(bench, plan), 0.0, 0.0, seconds), bench.errors(model))
     _summary(rows, figures)
     header = ("students", "seed", "left_out", "velocity_error", "latent_error", "feature_distance", "seconds")
-    write_table("prune_students", (*header, "batch"), [(*row[:3], *row[4:7], row[8], BATCH) for row in rows])
+    write_table(table, (*header, "batch"), [(*row[:3], *row[4:7], row[8], BATCH) for row in rows])
 
 
 def _summary(rows: list, figures: dict) -> None:
@@ -226,7 +233,7 @@ def main() -> None:
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--search", type=int, default=80)
     parser.add_argument("--rounds", type=int, default=7)
-    parser.add_argument("--deep", type=Path, help="prune_deep alone, on this file of bench/deep_flow.py")
+    parser.add_argument("--deep", type=Path, help="prune_deep and its students alone, on this file of bench/deep_flow.py")
     parser.add_argument("--students", action="store_true", help="prune_students alone")
     given = parser.parse_args()
     torch.set_num_threads(1)
@@ -234,7 +241,9 @@ def main() -> None:
     with use_host(host):
         tiny = TinyRuns(host)
         if given.deep:
-            selections(Bench(tiny, load_deep(given.deep), "5:8"), given.seeds, given.steps, given.search, "prune_deep")
+            deep = Bench(tiny, load_deep(given.deep), "5:8")
+            selections(deep, given.seeds, given.steps, given.search, "prune_deep")
+            students(deep, given.seeds, given.steps, "prune_deep_students")
             return
         bench = Bench(tiny)
         if given.students:

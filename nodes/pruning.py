@@ -60,15 +60,25 @@ class RectiflowPruneScore(Node):
         seed_input("Of the samples, and of random."),
         *CALIBRATION, _POINTS,
     )  # fmt: skip
-    OUTPUTS = (PLAN, REPORT, Output("IMAGE", "plot", "The numbers as bars, orange what is left out."))
+    OUTPUTS = (
+        PLAN, REPORT, Output("IMAGE", "plot", "The numbers as bars, orange what is left out."),
+        Output("STRING", "double_pattern", "For Learn Depth: as many out of each eight double blocks as here, empty for none."),
+        Output("STRING", "single_pattern", "The same of single blocks."),
+    )
 
     def run(self, model, positive, latent, method, remove, protect, seed, points=16, **shown):
+        from ..accel.prune.apply import stack_under
+        from ..accel.prune.depth_masks import patterns_like
+        from ..accel.prune.select import protected
         from ..host import CFGGuider
         from ..train.prune_scores import ScoreRequest, score_blocks
 
         request = ScoreRequest(method, remove, protect, points)
         scored = score_blocks(model, request, calibration(model, positive, latent, seed=seed, **shown), CFGGuider, self.TITLE)
-        return (scored.plan.to_json(), scored.report, drawn(model, scored, f"{method} of each block", self.TITLE))
+        stack = stack_under(model, self.TITLE)
+        patterns = patterns_like(scored.plan.removed(stack), stack, protected(protect, stack, self.TITLE))
+        plot = drawn(model, scored, f"{method} of each block", self.TITLE)
+        return (scored.plan.to_json(), scored.report, plot, *(patterns.get(kind, "") for kind in ("double", "single")))
 
 
 class RectiflowApplyPrunePlan(Node):

@@ -14,7 +14,7 @@ from __future__ import annotations
 import itertools
 import math
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -24,7 +24,7 @@ from ...errors import input_error
 from ...families.stack import Stack, StackBlock, State
 from .gates import own
 
-__all__ = ["DepthMasks", "LocalGroup", "MaskGate", "choices", "local_groups"]
+__all__ = ["DepthMasks", "LocalGroup", "MaskGate", "choices", "local_groups", "patterns_like"]
 
 FIRST_LOGIT = 0.02
 LARGEST_GROUP = 8
@@ -57,14 +57,15 @@ def local_groups(patterns: Mapping[str, str], stack: Stack, protected: frozenset
     """Groups of the blocks that are not protected.
 
     Args:
-        patterns: kind → "" (all stay), "N:M" (as often as it fits, the rest stays) or a list such as "2:4, 3:4" from the first block on.
+        patterns: kind → "" (all stay), "N:M" (as often as it fits, the rest stays) or a list such as "2:4, 3:4" from the first block on;
+            of a group with N = M in a list all stay.
     Raises: NodeInputError for what is no pattern, groups beyond the last block, or none at all.
     """
     groups: list[LocalGroup] = []
     for kind, text in patterns.items():
         free = [block for block in stack.blocks if block.kind == kind and block.path not in protected]
         pairs = [_pair(part, kind, where) for part in text.split(",") if part.strip()]
-        if len(pairs) == 1:
+        if len(pairs) == 1 and pairs[0][0] < pairs[0][1]:
             pairs *= max(1, len(free) // pairs[0][1])
         wanted = sum(size for _, size in pairs)
         if wanted > len(free):
@@ -72,18 +73,34 @@ def local_groups(patterns: Mapping[str, str], stack: Stack, protected: frozenset
             raise input_error(where, f"{kind}_pattern", text, allowed, "Shorten the list, or protect fewer blocks.")
         for keep, size in pairs:
             members, free = free[:size], free[size:]
-            groups.append(LocalGroup(tuple(members), keep))
+            if keep < size:
+                groups.append(LocalGroup(tuple(members), keep))
     if not groups:
         allowed = "a pattern such as 1:2 for one kind at least"
         raise input_error(where, "double_pattern", "no group", allowed, "Write how many of how many neighbours stay.")
     return tuple(groups)
 
 
+def patterns_like(gone: Collection[StackBlock], stack: Stack, protected: frozenset[str]) -> dict[str, str]:
+    """Kind → the pattern of groups of LARGEST_GROUP that leaves out as many of each as there are of `gone`; "" where none is.
+
+    How many go from where is then as a score has it; which of them, masks learn together. Uniform groups, as published, take as much from
+    the part of a model that bears most as from the rest.
+    """
+    found = {}
+    for kind in dict.fromkeys(block.kind for block in stack.blocks):
+        free = [block for block in stack.blocks if block.kind == kind and block.path not in protected]
+        parts = [free[start : start + LARGEST_GROUP] for start in range(0, len(free), LARGEST_GROUP)]
+        keeps = [(len(part) - sum(block in gone for block in part), len(part)) for part in parts]
+        found[kind] = ", ".join(f"{keep}:{size}" for keep, size in keeps) if any(keep < size for keep, size in keeps) else ""
+    return found
+
+
 def _pair(part: str, kind: str, where: str) -> tuple[int, int]:
     match = re.fullmatch(r"\s*(\d{1,2})\s*:\s*(\d{1,2})\s*", part)
     keep, size = (int(match[1]), int(match[2])) if match else (0, 0)
-    if not (0 <= keep < size <= LARGEST_GROUP):
-        allowed = f"N:M with N below M and M at most {LARGEST_GROUP}; 7:14 has 3432 choices and does not converge"
+    if not (0 <= keep <= size and 1 <= size <= LARGEST_GROUP):
+        allowed = f"N:M with N up to M and M at most {LARGEST_GROUP}; 7:14 has 3432 choices and does not converge"
         raise input_error(where, f"{kind}_pattern", part.strip(), allowed, "Take 1:2 or 2:4.")
     return keep, size
 

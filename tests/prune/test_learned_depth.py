@@ -8,7 +8,7 @@ import math
 import pytest
 import torch
 from rectiflow.accel.prune.apply import apply_plan, stack_under
-from rectiflow.accel.prune.depth_masks import DepthMasks, LocalGroup, MaskGate, choices, local_groups
+from rectiflow.accel.prune.depth_masks import DepthMasks, LocalGroup, MaskGate, choices, local_groups, patterns_like
 from rectiflow.accel.prune.gates import gate_blocks
 from rectiflow.accel.prune.identity import model_hash
 from rectiflow.errors import NodeInputError
@@ -190,6 +190,22 @@ def test_protected_blocks_are_in_no_group(model):
     assert [[block.path for block in group.blocks] for group in groups] == [
         ["double_blocks.1", "double_blocks.2"], ["single_blocks.0", "single_blocks.1", "single_blocks.2"],
     ]  # fmt: skip
+
+
+def test_patterns_take_as_many_out_of_each_group_as_a_plan_does(model):
+    stack = stack_under(model, "test")
+    fixed = frozenset({stack.blocks[0].path, stack.blocks[-1].path})
+    singles = [block for block in stack.blocks if block.kind == "single" and block.path not in fixed]
+    patterns = patterns_like((singles[0], singles[-1]), stack, fixed)
+    assert patterns == {"double": "", "single": f"{len(singles) - 2}:{len(singles)}"}
+    groups = local_groups(patterns, stack, fixed, "test")
+    assert [group.blocks for group in groups] == [tuple(singles)] and groups[0].keep == len(singles) - 2
+
+
+def test_a_group_of_which_all_stay_is_passed_over(model):
+    stack = stack_under(model, "test")
+    groups = local_groups({"double": "2:2, 1:2", "single": ""}, stack, frozenset(), "test")
+    assert [[block.index for block in group.blocks] for group in groups] == [[2, 3]]
 
 
 @pytest.mark.parametrize("family, out", [("sd3", 1), ("lumina2", 2)])
