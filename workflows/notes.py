@@ -250,9 +250,9 @@ NOTES = {
         "end. Only KV-Edit is told by the mask what may change."
     ),
     "learn_depth": (
-        "Every choice of two among five single blocks gets a chance to stay, learnt in 24 steps; three of nine blocks go, then 20 "
-        "steps bring the picture back. Raise **steps** of **Learn Depth** until its rows are clearly pale or dark; change **name** "
-        "to begin anew."
+        "**Prune Score** says how many blocks go: three of the first five single ones. Every choice of the two that stay gets a chance, "
+        "learnt in 24 steps; then 20 steps bring the picture back. Raise **steps** of **Learn Depth** until its rows are clearly pale or "
+        "dark; change **name** to begin anew."
     ),
     "pluggable_runs": (
         "Runs of blocks that straight maps nearly replace become one student each, learnt in 20 steps; then all students draw, one "

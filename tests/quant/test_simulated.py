@@ -9,9 +9,10 @@ from rectiflow.accel.quant.attach import quantised_parts
 from rectiflow.host.embedded import use_host
 from rectiflow.tests.quant.test_linear import drawn, linear, observed, quantised
 
+CASES = [(*bits, rotation) for bits in ((8, 8), (4, 8), (4, 4), (3, 6), (8, 16)) for rotation in ("none", "hadamard", "convrot")]
 
-@pytest.mark.parametrize("weight_bits, act_bits", [(8, 8), (4, 8), (4, 4), (3, 6), (8, 16)])
-@pytest.mark.parametrize("rotation", ["none", "hadamard", "convrot", "dual"])
+
+@pytest.mark.parametrize("weight_bits, act_bits, rotation", [*CASES, (4, 4, "dual")])
 def test_it_is_the_packed_layer_in_floating_point(weight_bits, act_bits, rotation):
     """Both multiply the same integers by the same scales; sums are rounded otherwise, and a token's largest value may be by its last bit,
     which moves a code now and then: 1e-4, where one code of 4 bits in every token would be 1e-2."""
