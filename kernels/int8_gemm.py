@@ -23,7 +23,7 @@ try:
 except ImportError:  # said by `unfit`; the torch path needs nothing of it
     triton = None
 
-__all__ = ["aot_forms", "int8_gemm_scaled", "reference", "torch_path", "unfit"]
+__all__ = ["CHUNK", "aot_forms", "int8_gemm_scaled", "reference", "scaled_product", "torch_path", "unfit"]
 
 CHUNK = 128  # rows whose int32 sums stay in the second-level cache: 1.5 MiB at 3072 outputs
 GROUP = 8  # tiles of rows that take a tile of weights one after the other: the weights are read from the second-level cache
@@ -56,15 +56,22 @@ def torch_path(
     added = None if bias is None else bias.float()
     rows = CHUNK if x.device.type == "cpu" else max(1, x.shape[0])
     for part, scale, into in zip(x.split(rows), x_scale.view(-1, 1).split(rows), out.split(rows)):
-        wide = into if dtype == torch.float32 else torch.empty(into.shape, dtype=torch.float32, device=x.device)
-        wide.copy_(_product(part, weight)).mul_(w_scale)  # a copy and a product, each of one dtype, are faster than a mixed product
-        if added is None:
-            wide.mul_(scale)
-        else:
-            torch.addcmul(added, wide, scale, out=wide)
-        if wide is not into:
-            into.copy_(wide)
+        scaled_product(part, scale, weight, w_scale, added, into)
     return out
+
+
+def scaled_product(
+    x: torch.Tensor, x_scale: torch.Tensor, weight: torch.Tensor, w_scale: torch.Tensor, bias: torch.Tensor | None, into: torch.Tensor
+) -> None:
+    """torch_path of few rows, written into (m, n) of any floating dtype. x_scale (m, 1); bias float32."""
+    wide = into if into.dtype == torch.float32 else torch.empty(into.shape, dtype=torch.float32, device=x.device)
+    wide.copy_(_product(x, weight)).mul_(w_scale)  # a copy and a product, each of one dtype, are faster than a mixed product
+    if bias is None:
+        wide.mul_(x_scale)
+    else:
+        torch.addcmul(bias, wide, x_scale, out=wide)
+    if wide is not into:
+        into.copy_(wide)
 
 
 def tile_shape(rows: int, inner: int, major: int) -> dict[str, int]:

@@ -2,9 +2,9 @@
 
     y[m, n] = s_x[m]·s_w[n]·Σ_k x_q[m, k]·w_q[n, k] + bias[n],     x_q, s_x = quantise_tokens(x, turn)
 
-Two forms. Whole: quantise_tokens and int8_gemm_scaled one after the other, on any device; the weight's codes are all it keeps. Prepared,
-on a CPU: oneDNN does the product, the weight's scale and the change to floating point in one pass over codes laid out its way, a second
-copy; it takes unsigned activations, so that codes are moved up by its zero point of 128.
+Two forms. Whole: quantise_tokens and int8_gemm_scaled one after the other, on any device, on a CPU a few rows at a time; the weight's codes
+are all it keeps. Prepared, on a CPU: oneDNN does the product, the weight's scale and the change to floating point in one pass over codes
+laid out its way, a second copy; it takes unsigned activations, so that codes are moved up by its zero point of 128.
 
 Activations of fewer bits are the same product of smaller codes.
 """
@@ -15,7 +15,7 @@ from dataclasses import dataclass
 
 import torch
 
-from .int8_gemm import int8_gemm_scaled
+from .int8_gemm import CHUNK, int8_gemm_scaled, scaled_product
 from .quantise_tokens import NOTHING, Turn, quantise_tokens
 
 __all__ = ["Int8Weight", "int8_linear", "int8_linear_reference", "prepare_int8"]
@@ -64,7 +64,12 @@ def _int8_onednn(x: torch.Tensor, weight: Int8Weight, bias: torch.Tensor | None,
 
 
 def _int8_whole(x: torch.Tensor, weight: Int8Weight, bias: torch.Tensor | None, bits: int, turn: Turn) -> torch.Tensor:
-    return int8_gemm_scaled(*quantise_tokens(x, bits, turn), weight.codes, weight.scale, bias, x.dtype)
+    if x.device.type != "cpu":
+        return int8_gemm_scaled(*quantise_tokens(x, bits, turn), weight.codes, weight.scale, bias, x.dtype)
+    out, added = torch.empty(len(x), len(weight.codes), dtype=x.dtype), None if bias is None else bias.float()
+    for rows, into in zip(x.split(CHUNK), out.split(CHUNK)):  # tokens, codes and sums stay in the second-level cache from one to the next
+        scaled_product(*quantise_tokens(rows, bits, turn), weight.codes, weight.scale, added, into)
+    return out
 
 
 def int8_linear(

@@ -104,8 +104,10 @@ def _prepared(x: torch.Tensor, turn: Turn, activation: str, modulation: Modulati
 
 
 def _codes(u: torch.Tensor, top: int) -> tuple[torch.Tensor, torch.Tensor]:
-    scale = (u.abs().amax(1, keepdim=True).float() / top).clamp_min(TINY)
-    return (u.float() / scale).round_().clamp_(-top, top).to(torch.int8), scale
+    held = u.abs()
+    scale = (held.amax(1, keepdim=True).float() / top).clamp_min(TINY)
+    held = torch.div(u, scale, out=held) if u.dtype == torch.float32 else u.float().div_(scale)
+    return held.round_().to(torch.int8), scale  # none is beyond top: the scale is the largest over it
 
 
 def reference(
