@@ -10,8 +10,7 @@
     quant_seeds      twin-log against uniform at equal bytes, seed by seed, for several draws of the rotations' signs
     quant_flips      how far the final latent moves when the noise moves by its last bits
     quant_lora       how a LoRA changes a layer in few bits, by policy and by its size
-    quant_train      what a LoRA of rank 8 takes back that learned beside the codes, on samples of other prompts, with activations rounded
-                     in training (simulate) or not (packed); measured on the packed model as in quant_model
+    quant_train      what a LoRA of rank 8 takes back that learned beside the codes, on samples of other prompts
 
 Peers are used where they are installed: `pip install comfy-kitchen==0.2.40 torchao==0.18.0 gguf==0.19.0 bitsandbytes==0.50.2`.
 """
@@ -35,7 +34,7 @@ from rectiflow.accel.quant.rotation import block_hadamard, convrot, dual_rotatio
 from rectiflow.accel.quant.stored import store
 from rectiflow.accel.quant.twin_log import reference_quantised
 from rectiflow.accel.quant.uniform import clipped_grid, int8_rows, int_tokens, min_max_grid
-from rectiflow.host import KSAMPLER, load_lora_for_models, sample_custom
+from rectiflow.host import KSAMPLER, sample_custom
 from rectiflow.host.embedded import HostSettings, make_host, use_host
 from rectiflow.kernels.int8_linear import Int8Weight, int8_linear, prepare_int8
 from rectiflow.metrics.fidelity import relative_errors
@@ -361,26 +360,23 @@ def train_part(tiny: Tiny, seeds: int, steps: int) -> None:
         kind="teacher_velocity", teacher=runs.model, teacher_cfg=1.0, anneal_steps=1, annealing="linear"
     )[0]
 
-    def measured(name: str, mode: str, model, seconds: float) -> None:
+    def measured(name: str, taught: int, model, seconds: float) -> None:
         errors = tiny.distances(model, exact)
         guided, single = (f"{tiny.velocity(model, cfg):.1f}" for cfg in (CFG, 1.0))
-        rows.append([name, mode, guided, single, f"{sum(errors) / seeds:.4f}", f"{seconds:.0f}"])
+        rows.append([name, taught, guided, single, f"{sum(errors) / seeds:.4f}", f"{seconds:.0f}"])
 
     for bits in TRAINED:
         name = "W{}A{}".format(*bits)
-        packed = tiny.quantised(*bits, "tlq", "32", lora="bypass")[0]
-        measured(name, "", packed, 0.0)
-        for mode in ("packed", "simulate"):
-            student = tiny.quantised(*bits, "tlq", "32", lora="bypass", mode=mode)[0]
-            start = time.process_time()
-            _, lora, *_ = NODES["RectiflowTrain"]().execute(
-                model=student, data=data, target=target, steps=steps, batch=4, name=f"{name} {mode}", negative=runs.conditioning(""),
-                dtype="fp32", checkpointing=False, cond_dropout=0.2, ema=0.9, save_every=0, validate_every=0,
-            )  # fmt: skip
-            seconds = time.process_time() - start
-            measured(name, mode, load_lora_for_models(packed, None, lora, 1.0, 0.0)[0], seconds)
-    header = ["model", "trained_on", f"velocity_sqnr_db_cfg_{CFG:g}", "velocity_sqnr_db_cfg_1", f"latent_error_mean_of_{seeds}"]
-    write_table("quant_train", [*header, f"seconds_of_{steps}_steps"], rows)
+        model = tiny.quantised(*bits, "tlq", "32", lora="bypass")[0]
+        measured(name, 0, model, 0.0)
+        start = time.process_time()
+        learnt, *_ = NODES["RectiflowTrain"]().execute(
+            model=model, data=data, target=target, steps=steps, batch=4, name=name, negative=runs.conditioning(""), dtype="fp32",
+            checkpointing=False, cond_dropout=0.2, ema=0.9, save_every=0, validate_every=0,
+        )  # fmt: skip
+        measured(name, steps, learnt, time.process_time() - start)
+    header = ["model", "steps", f"velocity_sqnr_db_cfg_{CFG:g}", "velocity_sqnr_db_cfg_1", f"latent_error_mean_of_{seeds}"]
+    write_table("quant_train", [*header, "seconds"], rows)
 
 
 def _factors(weight: torch.Tensor) -> tuple[tuple[int, int], tuple[int, int]]:

@@ -79,8 +79,8 @@ class RectiflowQuantize(Node):
         ),
         seed_input("Of the rotations' random signs."),
         socket("stats", "QUANT_STATS", "From Quant Calibrate.", optional=True),
-        choice("mode", ("packed", "simulate"), "packed: computes with the codes. simulate: the same numbers in floating point, slower, for "
-            "Train: what learns on it makes up for the rounding, and works on the packed model.", optional=True, advanced=True,
+        choice("mode", ("packed", "simulate"), "packed: computes with the codes. simulate: the same numbers in floating point, slower, to "
+            "compare with and where a kernel is missing. Training simulates by itself.", optional=True, advanced=True,
         ),
     )  # fmt: skip
     OUTPUTS = (_MODEL, _REPORT)

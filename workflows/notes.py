@@ -16,9 +16,9 @@ NOTES = {
         "what each map leaves unsaid. The saved file holds the maps and what was learnt."
     ),
     "quantize_and_train": (
-        "Weights of 2 bits, and a LoRA that learns beside them what the whole model does there, from eight of its own samples. **mode** "
-        "`simulate` lets gradients through the rounding of activations. The saved file holds codes and LoRA. Change **weight_bits** "
-        "to 3, **steps**, and the prompt; eight samples of one prompt teach little of others."
+        "Weights of 2 bits, and a LoRA that learns beside them what the whole model does there, from eight of its own samples. The "
+        "saved file holds codes and LoRA. Change **weight_bits** to 3, **steps**, and the prompt; eight samples of one prompt teach "
+        "little of others."
     ),
     "load_compressed": (
         "A model without one of its nine blocks, in 8 bits, is saved and loaded again; the file is all that the second picture "

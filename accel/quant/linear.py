@@ -3,9 +3,9 @@
     y = (x·diag(m)·R) Ŵ'ᵀ + bias,      Ŵ' ≈ W·diag(1/m)·R
 
 m smooths (1 where there is none), R is orthogonal. Activations are quantised a token at their own range, so that the product is that of
-8-bit integers; 16 bits leave them as they are and the product in floating point. Where the layer simulates, the integers' numbers are
-multiplied in floating point, and a gradient passes the rounding of x as if it were not there (straight through, Bengio et al., arXiv
-1308.3432): what trains on such a model learns beside the errors that the integers will make.
+8-bit integers; 16 bits leave them as they are and the product in floating point. Where a gradient is asked of it, or it is told to
+simulate, the integers' numbers are multiplied in floating point, and the gradient passes the rounding of x as if it were not there
+(straight through, Bengio et al., arXiv 1308.3432): what trains on such a model learns beside the errors that the integers will make.
 
 What a patcher does with a layer, and what this one answers:
 - it copies options deeply: a copy of this layer is the layer itself;
@@ -216,7 +216,7 @@ class QuantLinear(nn.Module):
         bias = self._bias(x)
         if self.act_bits == FULL:
             out = F.linear(self._turned(x), self.stored.numbers().to(x.dtype), bias)
-        elif self.simulate:
+        elif self._simulates(x):
             codes, scale = self.stored.as_int8()
             out = F.linear(self._rounded(x), (codes.float() * scale[:, None]).to(x.dtype), bias)
         else:
@@ -227,6 +227,9 @@ class QuantLinear(nn.Module):
             a, b = a.to(x), b.to(x)
             out = out + (F.linear(F.linear(x, a), b) if len(a) else F.linear(x, b))
         return out
+
+    def _simulates(self, *tensors: torch.Tensor) -> bool:
+        return self.simulate or torch.is_grad_enabled() and any(tensor.requires_grad for tensor in tensors)
 
     def _turned(self, x: torch.Tensor) -> torch.Tensor:
         """x in the codes' basis."""
@@ -259,7 +262,7 @@ class QuantLinear(nn.Module):
         try:
             for function in self.weight_function:
                 weight = function(weight)
-            if self.simulate and self.act_bits != FULL:
+            if self.act_bits != FULL and self._simulates(x, weight):
                 given = self.rotation.undo(self._rounded(x))
                 x = given if self.smooth is None else given / self.smooth.to(x.dtype)
             return F.linear(x, self.narrowed(weight), self._bias(x))

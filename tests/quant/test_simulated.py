@@ -8,6 +8,7 @@ from rectiflow import NODE_CLASS_MAPPINGS
 from rectiflow.accel.quant.attach import quantised_parts
 from rectiflow.host.embedded import use_host
 from rectiflow.tests.quant.test_linear import drawn, linear, observed, quantised
+from torch import nn
 
 CASES = [(*bits, rotation) for bits in ((8, 8), (4, 8), (4, 4), (3, 6), (8, 16)) for rotation in ("none", "hadamard", "convrot")]
 
@@ -26,17 +27,23 @@ def test_it_is_the_packed_layer_in_floating_point(weight_bits, act_bits, rotatio
 
 @pytest.mark.parametrize("rotation", ["none", "hadamard"])
 def test_the_gradient_passes_the_rounding(rotation):
-    """dL/dx is that of the linear layer whose weight the integers stand for; in the packed layer there is none."""
+    """dL/dx is that of the linear layer whose weight the integers stand for, also where the layer was not told to simulate; without a
+    gradient it is the integers' product again."""
     layer = linear()
-    made = quantised(layer, observed(layer, 20.0), weight_bits=8, act_bits=4, rotation=rotation, simulate=True)
-    x, g = drawn(8, layer.in_features, seed=3).requires_grad_(), drawn(8, layer.out_features, seed=4)
-    (made(x) * g).sum().backward()
-    expected = g @ made.numbers()
-    assert (x.grad - expected).norm() < 1e-5 * expected.norm()
+    for simulate in (True, False):
+        made = quantised(layer, observed(layer, 20.0), weight_bits=8, act_bits=4, rotation=rotation, simulate=simulate)
+        x, g = drawn(8, layer.in_features, seed=3).requires_grad_(), drawn(8, layer.out_features, seed=4)
+        out = made(x)
+        (out * g).sum().backward()
+        expected = g @ made.numbers()
+        assert (x.grad - expected).norm() < 1e-5 * expected.norm()
+        with torch.no_grad():
+            assert (made(x) - out).norm() < 1e-4 * out.norm() and torch.equal(made(x), made(x.detach()))
 
 
 def test_functions_on_the_weight_see_rounded_activations():
-    """A function that changes nothing changes nothing; in the packed layer it would bring activations back to full precision."""
+    """A function that changes nothing changes nothing; so where it learns, in a layer that was not told to simulate. Where memory is short
+    and nothing learns, activations stay as they are."""
     layer = linear()
     made = quantised(layer, observed(layer, 20.0), weight_bits=8, act_bits=4, rotation="hadamard", simulate=True)
     x = drawn(8, layer.in_features, seed=3)
@@ -44,6 +51,10 @@ def test_functions_on_the_weight_see_rounded_activations():
     made.weight_function.append(lambda weight: weight)
     assert (made(x) - alone).norm() < 1e-5 * alone.norm()
     assert (made(x) - layer(x)).norm() > 0.02 * alone.norm()
+    made.simulate = False
+    plain, learning = made(x), nn.Parameter(torch.zeros(()))
+    made.weight_function = [lambda weight: weight + learning]
+    assert (made(x) - alone).norm() < 1e-5 * alone.norm() and (plain - alone).norm() > 0.02 * alone.norm()
 
 
 def test_a_model_that_simulates_is_the_packed_one(runs):
@@ -66,7 +77,7 @@ def test_a_lora_learns_beside_the_rounding(runs):
     """A few steps towards the whole model, whose network it shares, bring the packed one nearer to it as well. Rounded activations alone
     give a LoRA nothing to learn, so it is the weights that have few bits."""
     given = {"weight_bits": "2", "act_bits": "8", "lora": "bypass", "include": ""}
-    packed, simulated = (runs.quantized(mode=mode, **given) for mode in ("packed", "simulate"))
+    packed = runs.quantized(**given)
     exact = runs.latent(runs.model)
     prompts = ("noto cat on white", "twemoji bus on yellow")
     clean = runs.sample(list(prompts), runs.noise([11, 12]), steps=8)
@@ -75,12 +86,12 @@ def test_a_lora_learns_beside_the_rounding(runs):
     target = runs.node(
         "RectiflowTrainTarget", kind="teacher_velocity", teacher=runs.model, teacher_cfg=1.0, anneal_steps=1, annealing="linear"
     )[0]
-    runs.latent(simulated)  # its codes lie on the network: what learns has the whole weights' shapes all the same
+    runs.latent(packed)  # its codes lie on the network: what learns has the whole weights' shapes all the same
     with use_host(runs.host), torch.inference_mode():
         from rectiflow.host import load_lora_for_models
 
         _, lora, *_ = NODE_CLASS_MAPPINGS["RectiflowTrain"]().execute(
-            model=simulated, data=data, target=target, steps=16, batch=2, name="beside the rounding", dtype="fp32", checkpointing=False,
+            model=packed, data=data, target=target, steps=16, batch=2, name="beside the rounding", dtype="fp32", checkpointing=False,
             ema=0.0, save_every=0, validate_every=0,
         )  # fmt: skip
         learnt = load_lora_for_models(packed, None, lora, 1.0, 0.0)[0]
