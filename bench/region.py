@@ -46,7 +46,7 @@ from table import write_table
 
 SEEDS = range(1, 9)
 RATIOS = (0.125, 0.25, 0.5, 0.75)
-REFERENCE_STEPS, STEPS, FINE_STEPS = 100, 60, 105
+REFERENCE_STEPS, STEPS, FINE_STEPS = 100, 60, 80
 CACHES = ((2, 8, 0), (3, 8, 0), (4, 12, 0), (8, 16, 0), (4, 12, 1))  # interval, warm-up, order
 STEP_HEADER = ["tokens", "width", "ratio", "computed", "dense_ms", "partial_ms", "of_dense"]
 MIXED_HEADER = ["tokens", "blocks", "fine_ratio", "seen", "tokens_share", "flops_share", "dense_ms", "merged_ms", "of_dense"]
@@ -241,13 +241,13 @@ def measure_runs(rounds: int, pixels: int, together: bool, seeds: Sequence[int])
         )  # fmt: skip
         return attach(runs.model, plan, RegionLog(), "bench")
 
-    ours, both = regions(0.25, 6, 20), cached(regions(0.55, 16), 5, 16)
+    ours, both = regions(0.25, 6, 20), cached(regions(0.75, 12), 4, 12, order=1)
     worths = [runs.worth(model, steps, rounds) for model, steps in ((ours, STEPS), (both, FINE_STEPS))]
     print(f"{pixels} pixels: RAS takes the time of {worths[0]:.1f} Euler steps, RAS in a cache that of {worths[1]:.1f}")
     worth = max(worths)
     methods = {
         "RAS": (ours, STEPS, f"{STEPS} steps, ratio 0.25 from 6"),
-        "RAS in a cache": (both, FINE_STEPS, f"{FINE_STEPS} steps, ratio 0.55 from 16, every 5 from 16"),
+        "RAS in a cache": (both, FINE_STEPS, f"{FINE_STEPS} steps, ratio 0.75 from 12, every 4 from 12, order 1"),
         "Euler": (runs.model, math.ceil(worth), f"{math.ceil(worth)} steps"),
     }
     for interval, warmup, order in CACHES:
