@@ -49,7 +49,7 @@ class Case:
 
     def skipped(self) -> dict:
         """A plan by a pattern against a network of ComfyUI that is built without the block."""
-        plan, _, _ = self.run("PruneScore", model=self.model, method="magnitude", remove=0.3, protect="0, -1", **self.base)
+        plan, *_ = self.run("PruneScore", model=self.model, method="magnitude", remove=0.3, protect="0, -1", **self.base)
         found = json.loads(plan)
         found["kept"] = {HOLDER[self.name]: [index for index in range(found["counts"][HOLDER[self.name]]) if index != GONE]}
         before = self.draw(self.model)
