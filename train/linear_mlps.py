@@ -11,8 +11,10 @@ from typing import Any
 import torch
 
 from ..accel.prune.linear_mlps import STREAMS, MlpTokens, fitted_map, mlp_paths, with_maps
+from ..accel.prune.scores import Dispatcher
 from ..errors import input_error
-from .pool import Calibration, PoolData, checked_pool, inside, points, velocities
+from .pool import Calibration
+from .prune_scores import on_samples
 
 __all__ = ["Linearised", "MapRequest", "linearise"]
 
@@ -47,16 +49,14 @@ def linearise(model: Any, request: MapRequest, calibration: Calibration, guider:
         raise input_error(where, "count", request.count, allowed, "Lower it, or take both streams.")
     recorded = MlpTokens(max(1, request.tokens // request.at), calibration.seed)
 
-    def body(trainee: Any) -> None:
-        pool = checked_pool(trainee, calibration, where)
-        fixed = points(PoolData(pool, len(trainee.positive)), request.at, calibration.seed)
+    def measure(gate: Dispatcher, ask: Callable) -> None:
         with ExitStack() as hooks:
             for path in paths:
-                module = trainee.model.diffusion_model.get_submodule(path)
+                module = model.model.diffusion_model.get_submodule(path)  # as it lies there during the run
                 hooks.enter_context(module.register_forward_hook(recorded.hook(path)))
-            velocities(trainee, fixed)
+            ask()
 
-    inside(guider, model.clone(), calibration, body)
+    on_samples(model, calibration, guider, request.at, where, measure)
     with torch.inference_mode(False), torch.no_grad():
         found = {path: fitted_map(*recorded.tokens(path)) for path in paths}
         residuals = {path: residual for path, (_, _, residual) in found.items()}

@@ -20,7 +20,7 @@ from ..errors import input_error
 from ..families.stack import Stack
 from .pool import Calibration, PoolData, checked_pool, inside, points, sample_pool, velocities
 
-__all__ = ["LayerStats", "RunSearch", "ScoreRequest", "Scored", "find_runs", "probe_layers", "runs_from", "score_blocks"]
+__all__ = ["LayerStats", "RunSearch", "ScoreRequest", "Scored", "find_runs", "on_samples", "probe_layers", "runs_from", "score_blocks"]
 
 
 @dataclass(frozen=True)

@@ -180,12 +180,7 @@ def _narrow(network: nn.Module, name: str, loaded: Loaded, cut: LayerCut | None)
         raise LookupError(f"{name[:100]} is no linear layer with such a bias")
     if cut is not None and cut.shape(own) == tuple(weight.shape):
         return narrow_layer(own, weight.to(own.weight.dtype), bias if bias is None else bias.to(own.bias.dtype), cut, stored=True)
-    with torch.device("meta"):
-        small = type(own)(weight.shape[1], weight.shape[0], bias=bias is not None)
-    small.weight = nn.Parameter(weight.to(own.weight.dtype), requires_grad=False)
-    if bias is not None:
-        small.bias = nn.Parameter(bias.to(own.bias.dtype), requires_grad=False)
-    return small
+    return linear_like(own, weight, bias)
 
 
 def _place_map(network: nn.Module, path: str, loaded: Loaded) -> None:

@@ -22,7 +22,7 @@ from ...families.width import width_groups
 from ..modules import NETWORK, bytes_of, seen_modules
 from .apply import plan_of, stack_under
 from .identity import original_part
-from .probes import ridge_map
+from .probes import few_tokens, ridge_map
 
 __all__ = ["STREAMS", "LinearMlp", "MlpTokens", "fitted_map", "linear_parts", "mlp_paths", "put_layer",
            "with_learnt", "with_maps"]  # fmt: skip
@@ -92,9 +92,8 @@ class MlpTokens:
 
     def hook(self, path: str) -> Callable:
         def keep(module: nn.Module, args: tuple, output: Tensor) -> None:
-            few = torch.randperm(args[0].shape[-2], generator=torch.Generator().manual_seed(self.seed))[: self.per_call]
-            pair = (tokens.detach()[..., few.to(tokens.device), :].flatten(0, -2).float().cpu() for tokens in (args[0], output))
-            self.seen.setdefault(path, []).append(tuple(pair))
+            pair = tuple(few_tokens(tokens, self.per_call, self.seed) for tokens in (args[0], output))
+            self.seen.setdefault(path, []).append(pair)
 
         return keep
 
@@ -179,10 +178,10 @@ def put_layer(patched: Any, name: str, layer: nn.Module) -> None:
 
 
 def linear_like(own: nn.Linear, weight: Tensor, bias: Tensor | None) -> nn.Linear:
-    """A layer of the class, dtype and place of `own` with other weights."""
+    """A layer of the class, dtypes and place of `own` with other weights."""
     with torch.device("meta"):
         made = type(own)(weight.shape[1], weight.shape[0], bias=bias is not None)
     made.weight = nn.Parameter(weight.to(own.weight), requires_grad=False)
     if bias is not None:
-        made.bias = nn.Parameter(bias.to(own.weight), requires_grad=False)
+        made.bias = nn.Parameter(bias.to(own.weight if own.bias is None else own.bias), requires_grad=False)
     return made

@@ -29,8 +29,10 @@ from torch import Tensor
 from ...families.stack import Stack, StackBlock, State
 from .plan import Run
 
-__all__ = ["MERGES", "ProbeStats", "Recorder", "best_runs", "fit_probe", "linear_cka", "probe_stats", "probe_tables", "ridge_map",
-           "trend_runs"]  # fmt: skip
+__all__ = [
+    "MERGES", "ProbeStats", "Recorder", "best_runs", "few_tokens", "fit_probe", "linear_cka", "probe_stats", "probe_tables", "ridge_map",
+    "trend_runs",
+]  # fmt: skip
 
 MERGES = ("min", "image", "mean")
 IMAGE = ("img", "x", "hidden_states")  # what streams of image tokens are called
@@ -64,6 +66,12 @@ def apply_probe(inputs: Tensor, probe: Tensor) -> Tensor:
     return inputs + inputs @ probe[:-1] + probe[-1]
 
 
+def few_tokens(tokens: Tensor, count: int, seed: int) -> Tensor:
+    """`count` tokens of each image in (b, n, d), the same for one seed, as (b·count, d) float32 on the CPU."""
+    chosen = torch.randperm(tokens.shape[1], generator=torch.Generator().manual_seed(seed))[:count]
+    return tokens[:, chosen.to(tokens.device)].detach().float().cpu().flatten(0, 1).clone()
+
+
 class Recorder:
     """Keeps the same few tokens of every image before and after each block, on the CPU.
 
@@ -86,9 +94,7 @@ class Recorder:
         return out
 
     def _few(self, tokens: Tensor) -> Tensor:
-        count = tokens.shape[1]
-        chosen = torch.randperm(count, generator=torch.Generator().manual_seed(self.seed + count))[: self.per_call]
-        return tokens[:, chosen.to(tokens.device)].detach().float().cpu().flatten(0, 1).clone()
+        return few_tokens(tokens, self.per_call, self.seed + tokens.shape[1])
 
     def streams(self, path: str) -> list[tuple[Tensor, Tensor]]:
         """(before, after) of each stream, (n, d); none of a block that ends one."""
