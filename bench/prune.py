@@ -4,8 +4,10 @@
                                                                             prune_deep_students.csv
 
     prune_selections   three of the tiny model's nine blocks left out by each method, then equal recovery (Recover Pruned, all weights that
-                       are left, equal steps, batch and rate)
-    prune_students     PPCL's students of its runs, after as many steps and after twice as many: one of these steps costs half of the others
+                       are left, equal steps, batch and rate). "PPCL runs" by CKA, left out as the others are; "PPCL, fitted students" by
+                       what the model's answer loses with a fitted student in the place of each run, which then learns with the rest
+    prune_students     students of the same two choices of runs, which alone learn, after as many steps and after twice as many: one of
+                       these steps costs half of the others. PPCL's begin as copies, ours fitted
     prune_runs         PPCL's students alone: one run or three, the alternating stage alone or half of the steps on their own states
     prune_clock        process time of one call of the pruned network and of the whole one, interleaved rounds, best of each
 
@@ -37,13 +39,15 @@ from rectiflow.tests.contract.tiny_runs import TinyRuns
 from rectiflow.train.distill_runs import RunSettings, distill_runs
 from rectiflow.train.learn_depth import DepthSettings, learn_depth
 from rectiflow.train.pool import Calibration, PoolData, inside, points, sample_pool, velocities
-from rectiflow.train.prune_scores import RunSearch, ScoreRequest, find_runs, score_blocks
+from rectiflow.train.prune_scores import VELOCITY, RunSearch, ScoreRequest, find_runs, score_blocks
 from rectiflow.train.recovery import RecoverSettings, recover
 from table import write_table
 
 SHARE, PROTECT, WHERE = 1 / 3, "0, -1", "bench"
 BATCH, LR, LR_STUDENTS = 4, 3e-4, 1e-3  # of 3e-4 and 1e-3 the better one for each after 40 steps
 SCORES = ("random", "ends", "magnitude", "similarity", "sensitivity")
+FITTED = "PPCL, fitted students"
+SEARCHES = {"PPCL": RunSearch(SHARE), FITTED: RunSearch(SHARE, merge=VELOCITY)}
 
 
 class Bench:
@@ -105,8 +109,16 @@ class Bench:
         timed("TinyFusion", lambda: self.learned(seed, search, patterns["double"], patterns["single"]).plan)
         if self.uniform:
             timed("TinyFusion, uniform groups", lambda: self.learned(seed, search, "", self.uniform).plan)
-        timed("PPCL runs", lambda: find_runs(self.model, RunSearch(SHARE), self.seeded(seed), host_services().guider, WHERE).plan)
+        timed("PPCL runs", lambda: self.runs(seed, SEARCHES["PPCL"]))
+        timed(FITTED, lambda: self.runs(seed, SEARCHES[FITTED]))
         return found
+
+    def runs(self, seed: int, search: RunSearch) -> PrunePlan:
+        return find_runs(self.model, search, self.seeded(seed), host_services().guider, WHERE).plan
+
+    def pruned(self, name: str, plan: PrunePlan, seed: int):
+        """The model that recovery begins with: blocks left out, or fitted students, untrained, in their places."""
+        return self.distilled(plan, seed, 1, lr=0.0, init="fitted")[0] if name == FITTED else apply_plan(self.model, plan, WHERE)
 
     def learned(self, seed: int, steps: int, double: str, single: str):
         settings = DepthSettings(
@@ -137,12 +149,14 @@ def selections(bench: Bench, seeds: int, steps: int, search: int, table: str = "
         chosen, known = bench.selections(seed, search), {}
         for name, (plan, seconds) in chosen.items():
             out = names_out(bench, plan)
-            if out not in known:  # methods that agree train alike
-                pruned = apply_plan(bench.model, plan, WHERE)
+            key = (out, name == FITTED)
+            if key not in known:  # methods that agree train alike
                 start = time.process_time()
+                pruned = bench.pruned(name, plan, seed)
                 done = bench.recovered(pruned, seed, steps)
-                known[out] = (bench.errors(pruned)[0], time.process_time() - start, bench.errors(done))
-            before, spent, errors = known[out]
+                spent = time.process_time() - start
+                known[key] = (bench.errors(pruned)[0], spent, bench.errors(done))
+            before, spent, errors = known[key]
             _row(rows, figures, (name, seed, out, before, seconds, spent), errors)
             plans.setdefault(name, plan)
     _summary(rows, figures)
@@ -153,15 +167,16 @@ def selections(bench: Bench, seeds: int, steps: int, search: int, table: str = "
 
 
 def students(bench: Bench, seeds: int, steps: int, table: str = "prune_students") -> None:
-    """PPCL's students of the runs it finds, after as many steps as the recovery of prune_selections, and after twice as many."""
+    """Students alone, after as many steps as the recovery of prune_selections, and after twice as many."""
     rows, figures = [], {}
     for seed in range(seeds):
-        plan = find_runs(bench.model, RunSearch(SHARE), bench.seeded(seed), host_services().guider, WHERE).plan
-        for count in (steps, 2 * steps):
-            start = time.process_time()
-            model, _ = bench.distilled(plan, seed, count, own_share=0.5)
-            seconds = time.process_time() - start
-            _row(rows, figures, (f"{count} steps", seed, names_out(bench, plan), 0.0, 0.0, seconds), bench.errors(model))
+        for name, search in SEARCHES.items():
+            plan = bench.runs(seed, search)
+            for count in (steps, 2 * steps):
+                start = time.process_time()
+                model, _ = bench.distilled(plan, seed, count, own_share=0.5, init="fitted" if name == FITTED else "middle")
+                seconds = time.process_time() - start
+                _row(rows, figures, (f"{name}, {count} steps", seed, names_out(bench, plan), 0.0, 0.0, seconds), bench.errors(model))
     _summary(rows, figures)
     header = ("students", "seed", "left_out", "velocity_error", "latent_error", "feature_distance", "seconds")
     write_table(table, (*header, "batch"), [(*row[:3], *row[4:7], row[8], BATCH) for row in rows])
@@ -190,7 +205,7 @@ def runs(bench: Bench, steps: int) -> None:
     for longest in (10, 2):
         plan = find_runs(bench.model, RunSearch(SHARE, longest), bench.shown, host_services().guider, WHERE).plan
         for share in (0.0, 0.5):
-            model, done = bench.distilled(plan, 0, steps, own_share=share)
+            model, done = bench.distilled(plan, 0, steps, own_share=share, init="middle")
             report, errors = done.report, bench.errors(model)
             each = " ".join(f"{path} {error:.4f}" for path, error in report["velocity_error"].items() if path != "all")
             ratio = report["error_of_all"] / report["root_of_squares_of_single"]
@@ -204,7 +219,7 @@ def runs(bench: Bench, steps: int) -> None:
 
 def clock(bench: Bench, plans: dict[str, PrunePlan], rounds: int, calls: int = 4) -> None:
     """Best process time of a call of 8 rows over interleaved rounds."""
-    models = {"whole": bench.model, **{name: apply_plan(bench.model, plan, WHERE) for name, plan in plans.items()}}
+    models = {"whole": bench.model, **{name: bench.pruned(name, plan, 0) for name, plan in plans.items()}}
     best = dict.fromkeys(models, float("inf"))
 
     def measure(trainee, name: str) -> None:

@@ -103,19 +103,29 @@ class RectiflowLayerProbe(Node):
         seed_input("Of the samples."),
         *CALIBRATION,
         integer("points", 16, 1, 1024, "Places of the flow where the model is asked.", optional=True, advanced=True),
+        choice("judge", ("students", "cka"), "students: also what the model's answer loses with a fitted block in the place of each run; "
+            "best, and a minute or more. cka: maps and their tokens alone.", optional=True,
+        ),
     )  # fmt: skip
     OUTPUTS = (
         Output("LAYER_STATS", "stats", "For Find Redundant Runs."), REPORT,
         Output("IMAGE", "plot", "CKA of the run from each row's block to each column's, 1 (pale) where straight maps say all."),
     )  # fmt: skip
 
-    def run(self, model, positive, latent, tokens, ridge, max_run, seed, points=16, **shown):
-        from ..host import CFGGuider
+    def run(self, model, positive, latent, tokens, ridge, max_run, seed, points=16, judge="students", **shown):
+        from ..accel.prune.apply import stack_under
+        from ..accel.prune.fitted_students import runs_to_judge
+        from ..host import CFGGuider, ProgressBar, throw_if_interrupted
         from ..train.prune_scores import probe_layers
 
-        stats = probe_layers(
-            model, calibration(model, positive, latent, seed=seed, **shown), CFGGuider, self.TITLE, max_run, ridge, points, tokens
-        )  # fmt: skip
+        pool = calibration(model, positive, latent, seed=seed, **shown)
+        bar = ProgressBar(len(runs_to_judge(stack_under(model, self.TITLE), max_run)))
+
+        def step() -> None:
+            bar.update(1)
+            throw_if_interrupted()
+
+        stats = probe_layers(model, pool, CFGGuider, self.TITLE, max_run, ridge, points, tokens, judge, step)
         return (stats, stats.report(), cka_picture(stats))
 
 
@@ -146,8 +156,10 @@ class RectiflowFindRedundantRuns(Node):
         number("largest_loss", 0.1, 0.0, 1.0, "Trend rule: 1 - CKA that a run may reach.", step=0.01),
         number("tie", 0.001, 0.0, 1.0, "Trend rule: a further block that costs less than this is free.", step=0.001),
         PROTECT,
-        choice("merge_streams", ("min", "image", "mean"), "Of several streams: the worst CKA, the image's, or the mean."),
-    )
+        choice("merge_streams", ("min", "image", "mean", "velocity"), "What a run costs: of several streams the worst CKA, the image's, or "
+            "the mean; or what the model's answer loses, nearest.", default="velocity",
+        ),
+    )  # fmt: skip
     OUTPUTS = (PLAN, REPORT)
 
     def run(self, stats, remove, max_run, largest_loss, tie, protect, merge_streams):
@@ -171,7 +183,9 @@ class RectiflowDistillRuns(Node):
         integer("steps", 500, 1, 1000000, "Steps in all."),
         _BATCH,
         number("lr", 1e-4, 0.0, 10.0, "Learning rate: 1e-5 for large models, 1e-3 for small ones.", step=0.00001),
-        choice("init", ("middle", "first", "last", "average"), "Which block of its run a student begins as."),
+        choice("init", ("middle", "first", "last", "average", "fitted"), "Which block of its run a student begins as. fitted: the middle "
+            "one, its last layer solved to say what the run says; nearest.", default="fitted",
+        ),
         choice("loss", ("dir_mse", "dir_l1", "mse"), "dir: of directions, with the size where it leaves 0.9 to 1.1. mse: of the tokens."),
         number("own_share", 0.2, 0.0, 1.0, "Share of the steps, at the end, on the states that the students make themselves."),
         seed_input("Of the samples and of every draw."),

@@ -4,6 +4,7 @@
     last stage    the model with all students, at the same points: ‖v_s − v_t‖² and the same distance of each S_r's own output
     distance      dir_mse: mean over tokens of Σ_c (ŝ_c − t̂_c)², ŝ = s/‖s‖, t = T_v in every stream; dir_l1: |·|; mse: relative squares
                   + mean (log ‖s‖ − log ‖t‖)² where the mean of ‖s‖/‖t‖ leaves [0.9, 1.1], for directions alone leave the size free
+    fitted        the middle block of the run, its last projections by least squares (accel/prune/fitted_students.py), then the same
 
 Theirs ends with the alternating stage and trains the whole model for a thousand steps more; `own_share` of our steps are the last stage,
 for students that only ever saw the teacher's states do not know each other's errors. Students learn in fp32 and are kept in the model's
@@ -23,11 +24,12 @@ import torch
 from torch import Tensor, nn
 
 from ..accel.prune.apply import stack_under
+from ..accel.prune.fitted_students import FittedLayer, StudentFit
 from ..accel.prune.gates import gate_blocks, own
 from ..accel.prune.identity import model_hash, original_module
 from ..accel.prune.plan import PrunePlan, Run
 from ..accel.prune.scores import relative_error
-from ..accel.prune.students import INITS, STUDENTS_FILE, StudentBlock, new_student, source_of, student_file, weights_of
+from ..accel.prune.students import INITS, STUDENTS_FILE, StudentBlock, in_fp32, new_student, source_of, student_file, weights_of
 from ..errors import input_error
 from ..families.stack import StackBlock, State
 from .checkpoints import RunFolder, write_whole
@@ -37,7 +39,7 @@ from .densities import Density
 from .history import History
 from .loop import Callbacks, StepContext, Trainer
 from .optim import Optim
-from .pool import Calibration, PoolData, checked_pool, inside, points, velocities
+from .pool import Calibration, PoolData, checked_pool, inside, parted, points, velocities
 from .prune_scores import whole_model
 from .targets import Target
 
@@ -47,6 +49,7 @@ WHERE = "Distill Runs"
 DISTANCES = ("dir_mse", "dir_l1", "mse")
 LEAST_SIGMA = 1e-3
 MEASURED_AT = 16
+FITTED_AT, FITTED_TOKENS = 32, 64  # points of the flow, tokens of each image and stream there
 NORMS = (0.9, 1.1)  # ‖s‖/‖t‖ may be between these
 
 
@@ -57,7 +60,7 @@ class RunSettings:
     steps: int = 500
     batch: int = 4
     lr: float = 1e-4
-    init: str = "middle"
+    init: str = "fitted"
     distance: str = "dir_mse"
     own_share: float = 0.2
     shift: float = 1.0
@@ -109,7 +112,7 @@ def run_distance(given: Tensor, wanted: Tensor, kind: str) -> Tensor:
 
 class RunGate:
     """Around every block of every run. mode: "off" the teacher, "watch" the same with each student on the teacher's states, "own" the
-    model with the students of `active`.
+    model with the students of `active`. fitting: in front of all of that, while it is there.
 
     given, wanted: path of a run → tokens its student made, tokens the teacher has behind the run.
     """
@@ -120,8 +123,11 @@ class RunGate:
         self.mode = "off"
         self.given: dict[str, State] = {}
         self.wanted: dict[str, State] = {}
+        self.fitting: StudentFit | None = None
 
     def __call__(self, block: StackBlock, state: State, run: Callable[..., State]) -> State:
+        if self.fitting is not None:
+            return self.fitting(block, state, run)
         of = next(each for each in self.runs if block in each)
         first, student = block.index == of.first, self.students[of.path]
         if self.mode == "own" and of.path in self.active:
@@ -219,6 +225,7 @@ class Distillation:
     services: Any
     notes: list[str] = field(default_factory=list)
     found: dict[str, Any] = field(default_factory=dict)
+    fitted: dict[str, dict[str, FittedLayer]] = field(default_factory=dict)
     casting: list[tuple[nn.Module, bool]] = field(default_factory=list)
 
     def run(self) -> Distilled:
@@ -230,20 +237,15 @@ class Distillation:
             if value not in allowed:
                 raise input_error(WHERE, name, value, ", ".join(allowed), "Choose one of these.")
         with torch.inference_mode(False), torch.enable_grad():
-            students = {run.path: self._trainable(new_student(self.model, run, self.settings.init)) for run in self.plan.runs}
+            students = {run.path: new_student(self.model, run, self.settings.init) for run in self.plan.runs}
+            for student in students.values():
+                self.casting += in_fp32(student, self.model.load_device)
+                student.requires_grad_(True)
             gate = RunGate(self.plan.runs, students)
             patcher = gate_blocks(self.model, [block for block in stack.blocks if any(block in run for run in self.plan.runs)], gate)
             self.services.load([patcher])
             inside(self.services.guider, patcher, self.calibration, lambda trainee: self._train(trainee, gate))
         return self._results(gate, time.perf_counter() - started)
-
-    def _trainable(self, student: nn.Module) -> nn.Module:
-        """fp32 weights that learn, cast to what the model computes in by its own layers."""
-        for module in student.modules():
-            if hasattr(module, "comfy_cast_weights"):
-                self.casting.append((module, module.comfy_cast_weights))
-                module.comfy_cast_weights = True
-        return student.float().requires_grad_(True).to(self.model.load_device)
 
     def _train(self, trainee: Any, gate: RunGate) -> None:
         settings = self.settings
@@ -251,6 +253,8 @@ class Distillation:
         about = {"base": self.plan.model, "runs": [asdict(run) for run in gate.runs], "init": settings.init}
         student = RunTrainee(teacher, about)
         data = PoolData(checked_pool(trainee, self.calibration, WHERE), len(trainee.positive))
+        if settings.init == "fitted":
+            self._fit(trainee, gate, data)
         bar = self.services.progress(settings.steps)
 
         def progress(done: int, steps: int, history: History) -> None:
@@ -267,6 +271,20 @@ class Distillation:
             for name, value in trainer.params.items():
                 value.copy_(trainer.ema.weights()[name])
             self.found |= self._measured(trainee, student, gate, data)
+
+    def _fit(self, trainee: Any, gate: RunGate, data: PoolData) -> None:
+        """The students' last layers by least squares, judged on prompts, or samples, that they are not fitted to."""
+        stack, fixed = stack_under(self.model, WHERE), points(data, FITTED_AT, self.calibration.seed)
+        gate.fitting = StudentFit({run: gate.students[run.path] for run in gate.runs}, self.model, stack, FITTED_TOKENS)
+        try:
+            for gate.fitting.held, part in zip((False, True), parted(fixed, data.prompts)):
+                for point in part:
+                    self.services.interrupt()
+                    velocities(trainee, [point])
+            self.fitted = {run.path: layers for run, layers in gate.fitting.solve().items()}
+            self.notes += [f"{layer} begins as copied: {why}" for layer, why in gate.fitting.unfit.items()]
+        finally:
+            gate.fitting = None
 
     def _measured(self, trainee: Any, student: RunTrainee, gate: RunGate, data: PoolData) -> dict[str, Any]:
         """Errors with one run at a time and with all, and the sizes of what students make."""
@@ -305,6 +323,7 @@ class Distillation:
             "velocity_error": errors, "norm_ratio": {path: round(ratio, 4) for path, ratio in self.found["ratios"].items()},
             "error_of_all": errors["all"] ** 0.5, "root_of_squares_of_single": apart,
             "accumulates": errors["all"] ** 0.5 > 1.5 * apart, "parameters": sum(value.numel() for value in trainer.params.values()),
+            "fitted": {path: {name: asdict(layer) for name, layer in layers.items()} for path, layers in self.fitted.items()},
             "settings": asdict(self.settings), "folder": self.folder.name if self.folder else None, "notes": self.notes,
         }  # fmt: skip
         losses = [step.loss for step in trainer.history.steps]

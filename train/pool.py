@@ -22,9 +22,10 @@ from .draws import Draws, seeded
 from .host_model import train_inside, trainable_weights
 from .loop import Batch
 
-__all__ = ["Calibration", "PoolData", "Switched", "checked_pool", "inside", "points", "sample_pool", "velocities"]
+__all__ = ["Calibration", "PoolData", "Switched", "checked_pool", "inside", "parted", "points", "sample_pool", "velocities"]
 
 CALL = 8  # rows a model call has at most
+HELD_OUT = 4  # of so many prompts, or points, one
 COMPARED = 16  # pairs that are drawn again to see how far a model is from them
 
 
@@ -165,6 +166,19 @@ def points(data: PoolData, count: int, seed: int) -> list[tuple[Tensor, Tensor, 
     s = sigma.view(-1, *[1] * (noise.ndim - 1))
     x = (1.0 - s) * batch.clean + s * noise
     return [(x[i : i + CALL], sigma[i : i + CALL], batch.cond[i : i + CALL]) for i in range(0, count, CALL)]
+
+
+def parted(at: list[tuple[Tensor, Tensor, list]], prompts: int) -> tuple[list, list]:
+    """Points for a fit, and points that judge it: every fourth prompt, or of fewer prompts every fourth point, is held out."""
+    rows = [(x, sigma, cond) for call in at for x, sigma, cond in zip(*call)]
+    held = [(row[2] if prompts >= HELD_OUT else place) % HELD_OUT == HELD_OUT - 1 for place, row in enumerate(rows)]
+
+    def calls(chosen: bool) -> list[tuple[Tensor, Tensor, list]]:
+        mine = [row for row, out in zip(rows, held) if out == chosen]
+        parts = [mine[i : i + CALL] for i in range(0, len(mine), CALL)]
+        return [(torch.stack([x for x, _, _ in part]), torch.stack([s for _, s, _ in part]), [c for _, _, c in part]) for part in parts]
+
+    return calls(False), calls(True)
 
 
 @torch.no_grad()

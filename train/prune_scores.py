@@ -10,6 +10,7 @@ from typing import Any
 import torch
 
 from ..accel.prune.apply import plan_of, stack_under
+from ..accel.prune.fitted_students import student_table
 from ..accel.prune.gates import gate_blocks
 from ..accel.prune.identity import model_hash
 from ..accel.prune.plan import PrunePlan
@@ -18,9 +19,16 @@ from ..accel.prune.scores import Dispatcher, magnitude, relative_error, sensitiv
 from ..accel.prune.select import PATTERNS, how_many, least_important, pattern, plan_without, protected
 from ..errors import input_error
 from ..families.stack import Stack
-from .pool import Calibration, PoolData, checked_pool, inside, points, sample_pool, velocities
+from .pool import Calibration, PoolData, checked_pool, inside, parted, points, sample_pool, velocities
 
-__all__ = ["LayerStats", "RunSearch", "ScoreRequest", "Scored", "find_runs", "on_samples", "probe_layers", "runs_from", "score_blocks"]
+__all__ = [
+    "JUDGES", "VELOCITY", "LayerStats", "RunSearch", "ScoreRequest", "Scored", "find_runs", "on_samples", "probe_layers", "runs_from",
+    "score_blocks",
+]  # fmt: skip
+
+
+JUDGES = ("students", "cka")
+VELOCITY = "velocity"  # among a LayerStats' tables: what the model's answer loses with students in the place of runs
 
 
 @dataclass(frozen=True)
@@ -36,7 +44,7 @@ class ScoreRequest:
 
 @dataclass(frozen=True)
 class RunSearch:
-    """remove: share of the blocks, 0 for the trend rule alone. merge: of probes.MERGES. The others as in probes.py."""
+    """remove: share of the blocks, 0 for the trend rule alone. merge: of probes.MERGES, or VELOCITY. The others as in probes.py."""
 
     remove: float = 0.0
     longest: int = 10
@@ -48,7 +56,8 @@ class RunSearch:
 
 @dataclass(frozen=True)
 class LayerStats:
-    """What the probes say of a model: its stack and hash, and the CKA of every run by each way to merge streams."""
+    """What the probes say of a model: its stack and hash, and the CKA of every run by each way to merge streams; under VELOCITY what the
+    model's answer loses, where that was asked."""
 
     stack: Stack
     model: str
@@ -112,13 +121,18 @@ def score_blocks(model: Any, request: ScoreRequest, calibration: Calibration, gu
 
 def probe_layers(
     model: Any, calibration: Calibration, guider: Callable, where: str, longest: int = 10, ridge: float = 1e-4, at: int = 16,
-    tokens: int = 1024,
+    tokens: int = 1024, judge: str = "cka", step: Callable[[], None] = lambda: None,
 ) -> LayerStats:  # fmt: skip
-    """PPCL's probes of every block. at: points of the flow; tokens: kept of each stream, over all points."""
+    """PPCL's probes of every block. at: points of the flow; tokens: kept of each stream, over all points. judge: of JUDGES; for
+    "students" the model runs once more for every run of blocks. step: called for each of these."""
     stack, started, found = stack_under(whole_model(model, where), where), time.perf_counter(), {}
+    if judge not in JUDGES:
+        raise input_error(where, "judge", judge, ", ".join(JUDGES), "Choose one of these.")
 
     def measure(gate: Dispatcher, ask: Callable) -> None:
         found.update(probe_tables(_recorded(gate, ask, tokens, at), stack, longest, ridge))
+        if judge == "students":
+            found[VELOCITY] = student_table(model, stack, gate, ask, longest, max(1, tokens // at), step)
 
     on_samples(model, calibration, guider, at, where, measure)
     return LayerStats(stack, model_hash(model), found, time.perf_counter() - started)
@@ -126,8 +140,14 @@ def probe_layers(
 
 def runs_from(stats: LayerStats, search: RunSearch, where: str) -> Scored:
     """The plan of the runs that `search` finds. Raises: NodeInputError where there are none."""
-    stack, table = stats.stack, stats.tables[search.merge]
+    stack, table = stats.stack, stats.tables.get(search.merge)
+    if table is None:
+        remedy = "Set judge of Layer Probe to students, or choose another way here."
+        raise input_error(where, "merge_streams", search.merge, ", ".join(stats.tables), remedy)
     keep = protected(search.protect, stack, where)
+    if search.merge == VELOCITY and not search.remove:
+        remedy = "Set remove, or choose min for the trend rule."
+        raise input_error(where, "remove", "0 with merge_streams velocity", "a share: the trend rule is of CKA", remedy)
     if search.remove:
         runs = best_runs(table, how_many(search.remove, stack, keep, where), search.longest, keep)
     else:
@@ -137,14 +157,16 @@ def runs_from(stats: LayerStats, search: RunSearch, where: str) -> Scored:
         raise input_error(where, "remove", search.remove, allowed, "Raise largest_loss, protect fewer blocks, or set remove.")
     scores = table.scores()
     plan = PrunePlan(stack.family, stats.model, stack.counts, {}, runs, method="runs", scores=scores)
-    lines = [f"runs: {plan.describe(stack)}", "number  run  1 - CKA of its probes"]
+    loss = "velocity error of its student" if search.merge == VELOCITY else "1 - CKA of its probes"
+    lines = [f"runs: {plan.describe(stack)}", f"number  run  {loss}"]
     lines += [f"{number}: {run.holder}.{run.first}-{run.last}: {table.loss(run):.4f}" for number, run in enumerate(runs)]
     return Scored(plan, "\n".join(lines), scores, tuple(block.path for block in plan.removed(stack)))
 
 
 def find_runs(model: Any, search: RunSearch, calibration: Calibration, guider: Callable, where: str, at: int = 16) -> Scored:
     """Probes and search in one."""
-    return runs_from(probe_layers(model, calibration, guider, where, search.longest, at=at), search, where)
+    judge = "students" if search.merge == VELOCITY else "cka"
+    return runs_from(probe_layers(model, calibration, guider, where, search.longest, at=at, judge=judge), search, where)
 
 
 def _recorded(gate: Dispatcher, ask: Callable, tokens: int, at: int) -> Recorder:
@@ -157,14 +179,16 @@ def _recorded(gate: Dispatcher, ask: Callable, tokens: int, at: int) -> Recorder
 def on_samples(
     model: Any, calibration: Calibration, guider: Callable, at: int, where: str, measure: Callable[[Dispatcher, Callable], None]
 ) -> None:
-    """measure(gate, ask) with `gate` around every block, `ask` running the model at fixed points around its own samples."""
+    """measure(gate, ask) with `gate` around every block, `ask` running the model at fixed points around its own samples; ask(held=True)
+    at those that are held out alone, ask(held=False) at the others."""
     stack, gate = stack_under(model, where), Dispatcher()
 
     def body(trainee: Any) -> None:
         pool = checked_pool(trainee, calibration, where)
         fixed = points(PoolData(pool, len(trainee.positive)), at, calibration.seed)
+        shown, judged = parted(fixed, len(trainee.positive))
         with torch.no_grad():
-            measure(gate, lambda: velocities(trainee, fixed))
+            measure(gate, lambda held=None: velocities(trainee, {None: fixed, False: shown, True: judged}[held]))
 
     inside(guider, gate_blocks(model, stack.blocks, gate), calibration, body)
 

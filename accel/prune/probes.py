@@ -13,7 +13,9 @@ blocks whose costs happen to fall make a run. With a number of blocks to remove,
 
 Every stream of tokens has probes of its own, and a run costs what its worst stream costs, or their mean, or the image's alone. CKA is taken
 of normalised tokens, as the next block reads them: a few channels of some models are so large that the CKA of the raw tokens is 1 whatever
-the block does. The paper refines the probes by gradient steps; least squares is the minimum of that loss already.
+the block does. What the model's answer loses with a run's student in its place is another table of the same kind (fitted_students.py): CKA
+does not know what a block's error does behind it. The paper refines the probes by gradient steps; least squares is the minimum of that
+loss already.
 """
 
 from __future__ import annotations
@@ -106,7 +108,7 @@ class Recorder:
 
 @dataclass(frozen=True)
 class ProbeStats:
-    """cka: holder → (count, count) with cka(u, v − u) at [u, v] for u ≤ v, NaN elsewhere."""
+    """cka: holder → (count, count) with cka(u, v − u) at [u, v] for u ≤ v, or 1 − another loss of that run; NaN elsewhere."""
 
     cka: Mapping[str, Tensor] = field(default_factory=dict)
 

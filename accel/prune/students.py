@@ -26,11 +26,11 @@ from .identity import NETWORK, model_hash, original_module, original_parameters
 from .plan import PrunePlan, Run
 
 __all__ = [
-    "INITS", "SCHEDULED", "STUDENTS_FILE", "StudentBlock", "active_plan", "apply_runs", "copy_of", "new_student", "read_students",
-    "student_file", "weights_of", "with_students",
+    "INITS", "SCHEDULED", "STUDENTS_FILE", "StudentBlock", "active_plan", "apply_runs", "copy_of", "in_fp32", "new_student",
+    "read_students", "student_file", "weights_of", "with_students",
 ]  # fmt: skip
 
-INITS = ("middle", "first", "last", "average")
+INITS = ("middle", "first", "last", "average", "fitted")  # fitted: the middle one, see fitted_students.py
 STUDENTS_FILE = "students.safetensors"  # in the folder of the run that trained them
 METADATA = "rectiflow_runs"
 SCHEDULED = "rectiflow_scheduled_runs"
@@ -59,7 +59,7 @@ def source_of(run: Run, init: str) -> int:
 def new_student(model: Any, run: Run, init: str = "middle") -> nn.Module:
     """A block with weights of its own, as the model was loaded, without what hangs on the model now.
 
-    init: which block of the run it copies; "average" is the structure of the middle one with the mean of all.
+    init: which block of the run it copies; "average" is the structure of the middle one with the mean of all, "fitted" begins as "middle".
     """
     weights = dict(original_parameters(model))
     paths = [f"{run.holder}.{index}" for index in range(run.first, run.last + 1)] if init == "average" else []
@@ -84,6 +84,15 @@ def _bare_copy(module: nn.Module) -> nn.Module:
         for name, value in list(inner.named_parameters(recurse=False)):
             setattr(inner, name, nn.Parameter(value.detach().clone(), requires_grad=False))
     return made
+
+
+def in_fp32(student: nn.Module, device: torch.device) -> list[tuple[nn.Module, bool]]:
+    """Move the student there, its weights as fp32 that its own layers cast to what they are given; layers and whether they cast before."""
+    casting = [(module, module.comfy_cast_weights) for module in student.modules() if hasattr(module, "comfy_cast_weights")]
+    for module, _ in casting:
+        module.comfy_cast_weights = True
+    student.float().to(device)
+    return casting
 
 
 def copy_of(student: StudentBlock) -> StudentBlock:

@@ -84,7 +84,8 @@ class Case:
         stats, _, _ = self.run("LayerProbe", model=self.model, tokens=256, ridge=1e-3, max_run=3, points=4, **self.base)
         search = {"max_run": 2, "largest_loss": 1.0, "tie": 1.0, "protect": "-1", "merge_streams": "min"}
         plan, _ = self.run("FindRedundantRuns", stats=stats, remove=0.0, **search)
-        distil = {"lr": 1e-3, "init": "middle", "loss": "dir_mse", "own_share": 0.5, "name": f"{self.name} runs", "save_every": 0}
+        _, by_velocity = self.run("FindRedundantRuns", stats=stats, remove=0.3, **{**search, "merge_streams": "velocity"})
+        distil = {"lr": 1e-3, "init": "fitted", "loss": "dir_mse", "own_share": 0.5, "name": f"{self.name} runs", "save_every": 0}
         plan, file, report, _ = self.run("DistillRuns", model=self.model, plan=plan, **distil, **STEPS, **self.base)
         base, drawn = self.draw(self.model), {}
         for name, active, start in (("all", "all", 0.0), ("none", "none", 0.0), ("late", "all", 0.5)):
@@ -96,6 +97,7 @@ class Case:
                       float((drawn["late"] - drawn["all"]).abs().max())],
             "finite": all(bool(torch.isfinite(latent).all()) for latent in drawn.values()),
             "base_unchanged": torch.equal(self.draw(self.model), base), "errors": json.loads(report)["velocity_error"],
+            "by_velocity": by_velocity, "fitted": json.loads(report)["fitted"],
         }  # fmt: skip
 
 

@@ -36,3 +36,6 @@ def test_runs_have_students_that_switch(answers, family):
     found = answers[family]["runs"]
     assert found["file"] and found["none"] and found["finite"] and found["base_unchanged"]
     assert all(distance > 1e-5 for distance in found["apart"]) and "all" in found["errors"]
+    assert "velocity error of its student" in found["by_velocity"]
+    layers = [layer for of_run in found["fitted"].values() for layer in of_run.values()]
+    assert layers and all(layer["after"] <= layer["before"] for layer in layers)

@@ -49,7 +49,7 @@ def plan(model):
 
 
 def distil(model, plan, folder=None, services=None, **changed):
-    settings = RunSettings(**{"steps": 4, "batch": 2, "lr": 1e-3, "ema": 0.0, "save_every": 0, **changed})
+    settings = RunSettings(**{"steps": 4, "batch": 2, "lr": 1e-3, "init": "middle", "ema": 0.0, "save_every": 0, **changed})
     return distill_runs(model, plan, settings, SHOWN, folder, services or host_services())
 
 

@@ -5,9 +5,19 @@ from __future__ import annotations
 import pytest
 import torch
 from rectiflow.accel.prune.apply import apply_plan, stack_under
+from rectiflow.accel.prune.fitted_students import runs_to_judge
 from rectiflow.accel.prune.identity import original_module
 from rectiflow.accel.prune.plan import Run
-from rectiflow.accel.prune.probes import ProbeStats, Recorder, apply_probe, best_runs, fit_probe, linear_cka, probe_stats, trend_runs
+from rectiflow.accel.prune.probes import (
+    ProbeStats,
+    Recorder,
+    apply_probe,
+    best_runs,
+    fit_probe,
+    linear_cka,
+    probe_stats,
+    trend_runs,
+)
 from rectiflow.accel.prune.scores import Dispatcher, Leave, Similarity, relative_error
 from rectiflow.errors import NodeInputError
 from rectiflow.families.stack import Stack, StackBlock
@@ -15,7 +25,15 @@ from rectiflow.host import CFGGuider
 from rectiflow.metrics.bars import bar_chart
 from rectiflow.tests.accel.region_toys import conditioning, toy
 from rectiflow.train.pool import Calibration
-from rectiflow.train.prune_scores import RunSearch, ScoreRequest, find_runs, probe_layers, runs_from, score_blocks, velocity_error
+from rectiflow.train.prune_scores import (
+    RunSearch,
+    ScoreRequest,
+    find_runs,
+    probe_layers,
+    runs_from,
+    score_blocks,
+    velocity_error,
+)
 
 SEED = torch.Generator().manual_seed(5)
 
@@ -140,6 +158,19 @@ def test_runs_of_the_tiny_model(tiny, shown):
     assert float((each[1] - each[0]).nan_to_num().min()) >= 0.0 and float((each[2] - each[0]).nan_to_num().min()) >= 0.0
     with pytest.raises(NodeInputError, match="Raise largest_loss"):
         runs_from(stats, RunSearch(largest_loss=0.0, tie=0.0), "test")
+    with pytest.raises(NodeInputError, match="Set judge of Layer Probe to students"):
+        runs_from(stats, RunSearch(remove=1 / 3, merge="velocity"), "test")
+    with pytest.raises(NodeInputError, match="judge"):
+        probe_layers(tiny.model, shown, CFGGuider, "test", judge="eye")
+    asked = []
+    judged = probe_layers(tiny.model, shown, CFGGuider, "test", longest=3, at=8, judge="students", step=lambda: asked.append(1))
+    assert len(asked) == len(runs_to_judge(stack, 3)) == (2 + 1) + (5 + 4)
+    by_velocity = runs_from(judged, RunSearch(remove=1 / 3, longest=3, merge="velocity"), "test")
+    assert len(by_velocity.gone) == 3 and "velocity error of its student" in by_velocity.report
+    plain = probe_layers(tiny.model, shown, CFGGuider, "test", longest=3, at=8)
+    assert torch.equal(*(stats.tables["min"].cka["single_blocks"].nan_to_num() for stats in (judged, plain)))
+    with pytest.raises(NodeInputError, match="trend rule"):
+        runs_from(judged, RunSearch(merge="velocity"), "test")
     with pytest.raises(NodeInputError, match="before Apply Prune Plan"):
         find_runs(apply_plan(tiny.model, found.plan, "test"), RunSearch(remove=1 / 3), shown, CFGGuider, "test")
 
