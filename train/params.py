@@ -87,7 +87,7 @@ class LowRank(nn.Module):
         if not self.active:
             return weight
         update = (self.up * self.scale) @ self.down
-        return weight + update.view(weight.shape).to(weight.dtype)
+        return (weight + update.view(weight.shape)).to(weight.dtype)  # in fp32, rounded once, as a loader of the file does
 
     def exported(self, values: Mapping[str, Tensor]) -> dict[str, Tensor]:
         rank = torch.tensor(float(self.down.shape[0]))
@@ -105,7 +105,7 @@ class Difference(nn.Module):
         self.difference = nn.Parameter(torch.zeros(*shape))
 
     def forward(self, value: Tensor) -> Tensor:
-        return value + self.difference.to(value.dtype) if self.active else value
+        return (value + self.difference).to(value.dtype) if self.active else value
 
     def exported(self, values: Mapping[str, Tensor]) -> dict[str, Tensor]:
         return {self.name: values["difference"]}

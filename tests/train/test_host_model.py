@@ -92,8 +92,8 @@ def test_the_stock_loader_gives_what_was_trained(chosen, tiny):
     assert relative < 1e-5
 
 
-def test_in_bf16_the_stock_loader_is_as_near_as_bf16_itself(tiny, tmp_path):
-    """The loader rounds W + Δ once, the adapter in memory rounds Δ and the sum: both are off by what bf16 takes from the whole network."""
+def test_in_bf16_the_stock_loader_gives_what_was_trained(tiny, tmp_path):
+    """Both add Δ to W in fp32 and round the sum once. bf16 itself takes some thousandths from the network, and the LoRA changes far more."""
     host = make_host(tmp_path, settings=HostSettings(device="cpu", dtype="bf16"))
     with use_host(host), torch.inference_mode(False):
         half = TinyRuns(host)
@@ -109,7 +109,7 @@ def test_in_bf16_the_stock_loader_is_as_near_as_bf16_itself(tiny, tmp_path):
         half.model.detach()
     full = velocity_of(tiny.model, tiny)
     rounding, change = (plain - full).norm() / full.norm(), (wrapped - plain).norm() / plain.norm()
-    assert (loaded - wrapped).norm() / wrapped.norm() < 1.5 * rounding and change > 3 * rounding
+    assert (loaded - wrapped).norm() / wrapped.norm() < 1e-3 < rounding and change > 3 * rounding
 
 
 def gradients(tiny, checkpointing: bool) -> dict[str, torch.Tensor]:
