@@ -5,12 +5,13 @@
     quant_core_codes codes of our int8 export beside comfy-kitchen's
     quant_speed      an 8-bit linear layer of ours beside comfy-kitchen's
     quant_rotation   what rotations leave of an unquantised layer's output, and what they gain at 8 bits with four outlier channels
-    quant_model      the tiny model in few bits: velocity SQNR over a schedule, bytes, and the final latent's distance
+    quant_model      the tiny model in few bits, to the nearest codes and compensated: velocity SQNR over a schedule, bytes, and the final
+                     latent's distance
     quant_layers     its layers at W8A8: errors of weight and output, share of the velocity's error, what is kept
     quant_seeds      twin-log against uniform at equal bytes, seed by seed, for several draws of the rotations' signs
     quant_flips      how far the final latent moves when the noise moves by its last bits
     quant_lora       how a LoRA changes a layer in few bits, by policy and by its size
-    quant_train      what a LoRA of rank 8 takes back that learned beside the codes, on samples of other prompts
+    quant_train      what a LoRA of rank 8 takes back that learned beside compensated codes, on samples of other prompts
 
 Peers are used where they are installed: `pip install comfy-kitchen==0.2.40 torchao==0.18.0 gguf==0.19.0 bitsandbytes==0.50.2`.
 """
@@ -18,6 +19,7 @@ Peers are used where they are installed: `pip install comfy-kitchen==0.2.40 torc
 from __future__ import annotations
 
 import argparse
+import itertools
 import tempfile
 import time
 from importlib.metadata import PackageNotFoundError, version
@@ -60,11 +62,12 @@ LAST_BITS = 3e-7  # of a float32, as two hosts differ: a few last places
 LORA_SIZES, LORA_RANK = (0.05, 0.1, 0.2, 0.4), 4
 SETTINGS = (  # bits of weights and activations, method, group
     ("8", "8", "tlq", "32"), ("6", "8", "tlq", "32"), ("4", "8", "tlq", "16"), ("4", "8", "tlq", "32"), ("4", "8", "uniform", "32"),
-    ("3", "8", "tlq", "32"), ("3", "8", "uniform", "32"), ("4", "4", "tlq", "32"), ("3", "4", "tlq", "32"),
+    ("3", "8", "tlq", "32"), ("3", "8", "uniform", "32"), ("2", "8", "tlq", "16"), ("4", "4", "tlq", "32"), ("3", "4", "tlq", "32"),
 )  # fmt: skip
+ROUNDINGS = ("nearest", "compensated")
 QUANTIZE = {
     "group_size": "32", "method": "tlq", "rotation": "auto", "j_threshold": 1.0, "smooth_alpha": 0.5, "protect_down": False,
-    "keep_below_db": 0.0, "include": "", "exclude": "", "lora": "before", "seed": 0,
+    "keep_below_db": 0.0, "include": "", "exclude": "", "lora": "before", "seed": 0, "rounding": "nearest",
 }  # fmt: skip
 
 
@@ -150,7 +153,7 @@ def codes_part() -> None:
     write_table("quant_core_codes", ["layer", "form", "equal_codes", "largest_difference", "scale_difference", "peers"], rows)
 
 
-def speed_part() -> None:
+def speed_part(suffix: str) -> None:
     """An 8-bit linear layer of ours beside comfy-kitchen's eager one on the same codes: process time, interleaved rounds."""
     try:
         from comfy_kitchen import int8_linear as theirs
@@ -186,7 +189,7 @@ def speed_part() -> None:
                 times[name].append(1000 * (time.process_time() - start))
         size = f"1024 × {width} → {out}"
         rows += [[size, name, f"{min(took):.1f}", f"{sorted(took)[len(took) // 2]:.1f}", peers_installed()] for name, took in times.items()]
-    write_table("quant_speed", ["size", "layer", "least_ms", "median_ms", "peers"], rows)
+    write_table(f"quant_speed{suffix}", ["size", "layer", "least_ms", "median_ms", "peers"], rows)
 
 
 def rotation_part() -> None:
@@ -259,29 +262,29 @@ class Tiny:
 
 
 def model_part(tiny: Tiny, seeds: int) -> None:
-    exact, rows = tiny.latent(tiny.runs.model, seeds), [["fp32", "", "", "32.00", tiny.runs.model.model_size(), "", "", "0"]]
+    exact, rows = tiny.latent(tiny.runs.model, seeds), [["fp32", "", "", "", "32.00", tiny.runs.model.model_size(), "", "", "0"]]
 
-    def measured(name: str, model, method: str, group: str) -> None:
+    def measured(name: str, model, method: str, group: str, rounding: str) -> None:
         parts = quantised_parts(model).values()
         stored, count = sum(part.nbytes for part in parts), sum(part.in_features * part.out_features for part in parts)
         errors = tiny.distances(model, exact)
         guided, single = (f"{tiny.velocity(model, cfg):.1f}" for cfg in (CFG, 1.0))
-        rows.append([name, method, group, f"{8 * stored / count:.2f}", model.model_size(), guided, single, f"{sum(errors) / seeds:.4f}"])
+        rows.append([name, method, group, rounding, f"{8 * stored / count:.2f}", model.model_size(), guided, single, f"{sum(errors) / seeds:.4f}"])
 
-    for weight_bits, act_bits, method, group in SETTINGS:
-        model, report = tiny.quantised(weight_bits, act_bits, method, group)
+    for (weight_bits, act_bits, method, group), rounding in itertools.product(SETTINGS, ROUNDINGS):
+        model, report = tiny.quantised(weight_bits, act_bits, method, group, rounding=rounding)
         name = f"W{weight_bits}A{act_bits}"
-        measured(name, model, method, group)
-        if name == "W8A8":
+        measured(name, model, method, group, rounding)
+        if name == "W8A8" and rounding == "nearest":
             for target in TARGETS:
                 kept, shares, _ = NODES["RectiflowKeepSensitiveLayers"]().execute(
                     reference=tiny.runs.model, model=model, seed=98, target_db=target, **tiny.shown
                 )
                 count = sum(part.act_bits == 16 for part in quantised_parts(kept).values())
-                measured(f"W8A8, {count} of {len(quantised_parts(kept))} layers kept", kept, method, group)
-            measured("W8A16", tiny.quantised("8", "16", method, group)[0], method, group)
+                measured(f"W8A8, {count} of {len(quantised_parts(kept))} layers kept", kept, method, group, rounding)
+            measured("W8A16", tiny.quantised("8", "16", method, group)[0], method, group, rounding)
             _layers(report, shares)
-    header = ["model", "method", "group", "bits_per_weight", "bytes", f"velocity_sqnr_db_cfg_{CFG:g}", "velocity_sqnr_db_cfg_1"]
+    header = ["model", "method", "group", "rounding", "bits_per_weight", "bytes", f"velocity_sqnr_db_cfg_{CFG:g}", "velocity_sqnr_db_cfg_1"]
     write_table("quant_model", [*header, f"latent_error_mean_of_{seeds}"], rows)
 
 
@@ -367,7 +370,7 @@ def train_part(tiny: Tiny, seeds: int, steps: int) -> None:
 
     for bits in TRAINED:
         name = "W{}A{}".format(*bits)
-        model = tiny.quantised(*bits, "tlq", "32", lora="bypass")[0]
+        model = tiny.quantised(*bits, "tlq", "32", lora="bypass", rounding="compensated")[0]
         measured(name, 0, model, 0.0)
         start = time.process_time()
         learnt, *_ = NODES["RectiflowTrain"]().execute(
@@ -401,13 +404,14 @@ def main() -> None:
     parser.add_argument("--seeds", type=int, default=10)
     parser.add_argument("--draws", type=int, default=8)
     parser.add_argument("--steps", type=int, default=120, help="of training, for quant_train")
+    parser.add_argument("--suffix", default="", help="behind quant_speed in its table's name: one a processor")
     given = parser.parse_args()
     if "weights" in given.part:
         weights_part()
     if "codes" in given.part:
         codes_part()
     if "speed" in given.part:
-        speed_part()
+        speed_part(given.suffix)
     if "rotation" in given.part:
         rotation_part()
     if not {"model", "seeds", "lora", "flips", "train"} & set(given.part):

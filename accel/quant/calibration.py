@@ -1,7 +1,8 @@
-"""What enters each linear layer during a short run: the largest magnitude of every channel, its sum of squares, and a few rows.
+"""What enters each linear layer during a short run: the largest magnitude of every channel, its sum of squares, and rows.
 
 "LRQ-DiT", arXiv 2508.03485, keeps the largest magnitudes. Sum of squares and count give their J, the root mean square of a layer's input
-that tells its rotation; the rows let a rotation be chosen by the error it leaves.
+that tells its rotation; a few rows of the first calls let a rotation be chosen by the error it leaves, and a sample over all calls tells
+how channels move together, for rounding that makes up for its errors (compensated.py).
 """
 
 from __future__ import annotations
@@ -24,12 +25,17 @@ ROWS_A_CALL = 8
 
 @dataclass
 class LayerInputs:
-    """peaks (k,), squares (k,) float64, count of tokens, rows (r, k) float32; all on the CPU."""
+    """peaks (k,), squares (k,) float64, count of tokens, rows (r, k) float32; spread_rows (at most `limit`, k) bfloat16, of all calls, each
+    token as likely as any other: those with the smallest of the keys (r,) that were drawn for all; all on the CPU."""
 
     peaks: torch.Tensor
     squares: torch.Tensor
+    limit: int = 0
     count: int = 0
     rows: list[torch.Tensor] = field(default_factory=list)
+    spread_rows: torch.Tensor | None = None
+    keys: torch.Tensor = field(default_factory=lambda: torch.empty(0))
+    draws: torch.Generator = field(default_factory=lambda: torch.Generator().manual_seed(0), repr=False)
 
     def take(self, x: torch.Tensor) -> None:
         tokens = x.detach().reshape(-1, x.shape[-1])
@@ -39,6 +45,16 @@ class LayerInputs:
             step = max(1, len(tokens) // ROWS_A_CALL)
             self.rows.append(tokens[self.count % step :: step][:ROWS_A_CALL].float().cpu().clone())
         self.count += len(tokens)
+        if self.limit:
+            self._sample(tokens)
+
+    def _sample(self, tokens: torch.Tensor) -> None:
+        keys = torch.rand(len(tokens), generator=self.draws)
+        chosen = keys < self.keys[-1] if len(self.keys) == self.limit else torch.ones(len(keys), dtype=torch.bool)
+        fresh = tokens[chosen.to(tokens.device)].to("cpu", torch.bfloat16)
+        rows = fresh if self.spread_rows is None else torch.cat((self.spread_rows, fresh))
+        self.keys, order = torch.cat((self.keys, keys[chosen])).sort()
+        self.keys, self.spread_rows = self.keys[: self.limit], rows[order[: self.limit]]
 
     @property
     def sample(self) -> torch.Tensor:
@@ -90,10 +106,10 @@ class QuantStats:
 
 
 @contextmanager
-def watching(layers: Mapping[str, nn.Linear]) -> Iterator[QuantStats]:
-    """Note what enters these layers until the end of the block, whatever ends it."""
+def watching(layers: Mapping[str, nn.Linear], limit: int = 0) -> Iterator[QuantStats]:
+    """Note what enters these layers until the end of the block, whatever ends it. limit: rows kept of each over all calls."""
     widths = {name: module.in_features for name, module in layers.items()}
-    stats = QuantStats({n: LayerInputs(torch.zeros(k), torch.zeros(k, dtype=torch.float64)) for n, k in widths.items()})
+    stats = QuantStats({n: LayerInputs(torch.zeros(k), torch.zeros(k, dtype=torch.float64), limit) for n, k in widths.items()})
 
     def noting(inputs: LayerInputs):
         def hook(module: nn.Module, args: tuple[Any, ...]) -> None:

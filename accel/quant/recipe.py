@@ -13,22 +13,24 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import nn
 
 from ...errors import input_error
 from .calibration import LayerInputs, QuantStats
+from .compensated import compensated
 from .error import sqnr
 from .linear import LORA_POLICIES, QuantLinear
 from .rotation import CONVROT, Rotation, block_hadamard, convrot, dual_rotation, hadamard, no_rotation
 from .stored import store
 from .twin_log import ROUNDS
 
-__all__ = ["ROTATIONS", "LayerReport", "QuantScheme", "layer_report", "quantised_layer", "quantised_layers", "report_table"]
+__all__ = ["ROTATIONS", "ROUNDINGS", "LayerReport", "QuantScheme", "layer_report", "quantised_layer", "quantised_layers", "report_table"]
 
 ROTATIONS = ("auto", "none", "hadamard", "hadamard_block", "convrot", "dual", "threshold")
+ROUNDINGS = ("auto", "compensated", "nearest")  # auto: compensated below 8 bits
 TRIAL_ROWS = 32  # of the weight, to rank rotations
 SHORTEST = 32  # channels; below, scales and grids cost more than codes save
 TINY = 1e-5
@@ -55,6 +57,11 @@ class QuantScheme:
     lora: str = "bypass"
     seed: int = 0
     simulate: bool = False
+    rounding: str = "auto"
+
+    @property
+    def compensates(self) -> bool:
+        return self.rounding == "compensated" or self.rounding == "auto" and self.weight_bits < 8
 
     def line(self) -> str:
         group = "" if self.weight_bits == 8 else f" group {self.group}" if self.group else " rows"
@@ -65,7 +72,7 @@ class QuantScheme:
         """Raises: NodeInputError for what no layer can have."""
         allowed = {
             "weight_bits": (2, 3, 4, 6, 8), "act_bits": (4, 6, 8, 16), "group_size": (0, 16, 32, 64, 128), "method": ("tlq", "uniform"),
-            "rotation": ROTATIONS, "lora": LORA_POLICIES,
+            "rotation": ROTATIONS, "lora": LORA_POLICIES, "rounding": ROUNDINGS,
         }  # fmt: skip
         for name, values in allowed.items():
             value = self.group if name == "group_size" else getattr(self, name)
@@ -75,7 +82,8 @@ class QuantScheme:
 
 @dataclass(frozen=True)
 class LayerReport:
-    """One layer: what was done, and its errors in dB; output is None without calibration. kept: why it stays in full precision."""
+    """One layer: what was done, and its errors in dB; output is None without calibration. kept: why it stays in full precision.
+    compensated: whether its codes make up for each other's errors."""
 
     name: str
     rotation: str = ""
@@ -85,6 +93,7 @@ class LayerReport:
     weight_db: float | None = None
     output_db: float | None = None
     kept: str = ""
+    compensated: bool = False
 
 
 def reason_to_keep(name: str, layer: nn.Linear, scheme: QuantScheme) -> str:
@@ -164,7 +173,17 @@ def quantised_layer(
         rows = inputs.sample.to(weight.device)
         exact = rows @ part.t()
         best = max(ways, key=lambda way: _output_db(exact, made(*way, part, None, rounds=1), rows))
-    return made(*best, weight, bias)
+    layer = made(*best, weight, bias)
+    if has_rows(scheme, inputs):
+        rows = inputs.spread_rows.to(weight.device).float()
+        turned = layer.rotation.apply(rows if layer.smooth is None else rows * layer.smooth)
+        layer.weight.data.copy_(compensated(layer.stored, layer.into_basis(weight), turned))
+    return layer
+
+
+def has_rows(scheme: QuantScheme, inputs: LayerInputs | None) -> bool:
+    """Whether the codes of a layer are compensated: the scheme asks for it, and the calibration kept rows."""
+    return scheme.compensates and inputs is not None and inputs.spread_rows is not None
 
 
 def layer_report(name: str, weight: torch.Tensor, layer: QuantLinear, inputs: LayerInputs | None) -> LayerReport:
@@ -200,7 +219,7 @@ def quantised_layers(
                 weight = weight_of(name).clone()
                 bias = None if layer.bias is None else layer.bias.data.clone()
                 found = quantised_layer(weight, bias, scheme, inputs, where)
-                report = layer_report(name, weight, found, inputs)
+                report = replace(layer_report(name, weight, found, inputs), compensated=has_rows(scheme, inputs))
                 reason = _too_far(report, scheme.keep_below)
                 if not reason:
                     made[name] = found
@@ -226,7 +245,9 @@ def _shown(value: float | None, form: str = ".1f") -> str:
 def report_table(scheme: QuantScheme, reports: list[LayerReport], before: int, after: int) -> str:
     """What was done as a table; `before` and `after` are bytes of the model."""
     done = [report for report in reports if not report.kept]
-    lines = [f"{scheme.line()}: {len(done)} of {len(reports)} layers, {before / 2**20:.1f} → {after / 2**20:.1f} MiB", ""]
+    made_up = sum(report.compensated for report in done)
+    rounding = f"rounding compensated in {made_up} of them" if made_up else "to the nearest codes"
+    lines = [f"{scheme.line()}: {len(done)} of {len(reports)} layers, {rounding}, {before / 2**20:.1f} → {after / 2**20:.1f} MiB", ""]
     lines += ["| layer | rotation | smooth | J | bits/weight | weight dB | output dB |", "|---|---|---|---|---|---|---|"]
     for r in done:
         smooth = "yes" if r.smooth else ""

@@ -84,17 +84,26 @@ class StoredWeight:
         short, long = (((numbers - base) * added).sum(1) for _, numbers in found)
         return torch.where(((long - wanted) < (wanted - short))[:, None], found[1][0], found[0][0])
 
-    def _nearest(self, weight: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """(codes (n, k), the numbers they stand for) nearest to a weight."""
+    def _nearest(self, weight: torch.Tensor, column: int | None = None) -> tuple[torch.Tensor, torch.Tensor]:
+        """(codes, the numbers they stand for) nearest to a weight (n, k), or to one column of it, (n, 1)."""
         full = self.scale.clamp_min(TINY)
         if self.layout == "int8":
             codes = (weight / full).round().clamp(-TOP, TOP)
             return codes.to(torch.int8), codes * self.scale
         if self.group_scale is not None:
-            full = full * self.group_scale.float().repeat_interleave(self.columns // self.group_scale.shape[1], 1)
+            group = self.columns // self.group_scale.shape[1]
+            full = full * (
+                self.group_scale.float().repeat_interleave(group, 1) if column is None
+                else self.group_scale[:, column // group, None].float()
+            )  # fmt: skip
         levels = self.book.float()
         codes = nearest(weight / torch.where(full == 0, torch.full_like(full, TINY), full), levels)
         return codes, (levels.gather(1, codes) if levels.ndim == 2 else levels[codes]) * full
+
+    def nearest_in_column(self, values: torch.Tensor, column: int) -> tuple[torch.Tensor, torch.Tensor]:
+        """(codes (n,), not packed, the numbers they stand for) nearest to values (n,) of that column."""
+        codes, numbers = self._nearest(values[:, None], column)
+        return codes[:, 0], numbers[:, 0]
 
     def tensors(self) -> dict[str, torch.Tensor]:
         """By the names of a file, behind the layer's name."""

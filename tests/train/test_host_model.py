@@ -93,7 +93,7 @@ def test_the_stock_loader_gives_what_was_trained(chosen, tiny):
 
 
 def test_in_bf16_the_stock_loader_gives_what_was_trained(tiny, tmp_path):
-    """Both add Δ to W in fp32 and round the sum once. bf16 itself takes some thousandths from the network, and the LoRA changes far more."""
+    """Both add Δ to W in fp32 and round the sum once. bf16 itself takes some thousandths from the network, the LoRA changes far more."""
     host = make_host(tmp_path, settings=HostSettings(device="cpu", dtype="bf16"))
     with use_host(host), torch.inference_mode(False):
         half = TinyRuns(host)
