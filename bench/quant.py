@@ -269,7 +269,8 @@ def model_part(tiny: Tiny, seeds: int) -> None:
         stored, count = sum(part.nbytes for part in parts), sum(part.in_features * part.out_features for part in parts)
         errors = tiny.distances(model, exact)
         guided, single = (f"{tiny.velocity(model, cfg):.1f}" for cfg in (CFG, 1.0))
-        rows.append([name, method, group, rounding, f"{8 * stored / count:.2f}", model.model_size(), guided, single, f"{sum(errors) / seeds:.4f}"])
+        size, distance = f"{8 * stored / count:.2f}", f"{sum(errors) / seeds:.4f}"
+        rows.append([name, method, group, rounding, size, model.model_size(), guided, single, distance])
 
     for (weight_bits, act_bits, method, group), rounding in itertools.product(SETTINGS, ROUNDINGS):
         model, report = tiny.quantised(weight_bits, act_bits, method, group, rounding=rounding)
