@@ -91,8 +91,8 @@ def test_calibration_keeps_a_sample_of_all_calls():
 
 
 def test_the_tiny_model_in_four_bits_comes_nearer_at_equal_bytes(runs):
-    """On another seed and prompt than the calibration's, at one sigma: .91 measured, whole guided runs gain 2 dB (bench/quant.py). The report
-    says so, and the file keeps it."""
+    """On another seed and prompt than the calibration's, at one sigma: .91 measured; whole guided runs gain 2 dB (bench/quant.py). The
+    report says so, and the file keeps it."""
     include = r"_blocks\.\d\.(img|lin)"
     stats = runs.node(
         "RectiflowQuantCalibrate", model=runs.model, positive=runs.conditioning("noto cat on white"), negative=runs.conditioning(""),
