@@ -54,10 +54,11 @@ class Bench:
     """A whole MODEL, the tiny one unless told, and what every pruned one is compared with.
 
     uniform: groups of single blocks that leave out a third of all blocks, as TinyFusion is published, beside those that similarity gives.
+    methods: those to compare; none for all.
     """
 
-    def __init__(self, tiny: TinyRuns, model=None, uniform: str = ""):
-        self.tiny, self.model, self.uniform = tiny, model or tiny.model, uniform
+    def __init__(self, tiny: TinyRuns, model=None, uniform: str = "", methods: tuple[str, ...] = ()):
+        self.tiny, self.model, self.uniform, self.methods = tiny, model or tiny.model, uniform, methods
         self.stack = stack_under(self.model, WHERE)
         empty = tiny.conditioning("")
         prompts = [[entry for text in texts for entry in tiny.conditioning(text)] for texts in (SHOWN, HELD_OUT)]
@@ -96,6 +97,8 @@ class Bench:
         found = {}
 
         def timed(name: str, make) -> None:
+            if self.methods and name not in self.methods:
+                return
             start = time.process_time()
             plan = make()
             found[name] = (plan, time.process_time() - start)
@@ -104,6 +107,8 @@ class Bench:
         for method in SCORES:
             request = ScoreRequest(method, SHARE, at=16)
             timed(method, lambda request=request: score_blocks(self.model, request, self.seeded(seed), host_services().guider, WHERE).plan)
+        if "similarity" not in found:  # TinyFusion's groups follow it
+            return found
         gone = found["similarity"][0].removed(self.stack)
         patterns = patterns_like(gone, self.stack, protected(PROTECT, self.stack, WHERE))
         timed("TinyFusion", lambda: self.learned(seed, search, patterns["double"], patterns["single"]).plan)
@@ -249,6 +254,7 @@ def main() -> None:
     parser.add_argument("--search", type=int, default=80)
     parser.add_argument("--rounds", type=int, default=7)
     parser.add_argument("--deep", type=Path, help="prune_deep and its students alone, on this file of bench/deep_flow.py")
+    parser.add_argument("--methods", nargs="+", default=(), help="of --deep, similarity among them: these alone, in prune_deep_<steps>")
     parser.add_argument("--students", action="store_true", help="prune_students alone")
     given = parser.parse_args()
     torch.set_num_threads(1)
@@ -256,7 +262,10 @@ def main() -> None:
     with use_host(host):
         tiny = TinyRuns(host)
         if given.deep:
-            deep = Bench(tiny, load_deep(given.deep), "5:8")
+            deep = Bench(tiny, load_deep(given.deep), "5:8", tuple(given.methods))
+            if given.methods:
+                selections(deep, given.seeds, given.steps, given.search, f"prune_deep_{given.steps}")
+                return
             selections(deep, given.seeds, given.steps, given.search, "prune_deep")
             students(deep, given.seeds, given.steps, "prune_deep_students")
             return
