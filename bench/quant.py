@@ -1,4 +1,4 @@
-"""How near few bits come: `python bench/quant.py [--part weights codes speed rotation model seeds lora flips train]`.
+"""How near few bits come: `python bench/quant.py [--part weights codes speed rotation model rows seeds lora flips train]`.
 
     quant_weights    SQNR in dB of weights by quantiser, at equal bits with every scale counted: a normal law, one with long tails, one with
                      one weight in a thousand ten times as large, and layers of the tiny model
@@ -7,6 +7,7 @@
     quant_rotation   what rotations leave of an unquantised layer's output, and what they gain at 8 bits with four outlier channels
     quant_model      the tiny model in few bits, to the nearest codes and compensated: velocity SQNR over a schedule, bytes, and the final
                      latent's distance
+    quant_rows       the same at W4A8 by how many rows of the calibration the rounding knows
     quant_layers     its layers at W8A8: errors of weight and output, share of the velocity's error, what is kept
     quant_seeds      twin-log against uniform at equal bytes, seed by seed, for several draws of the rotations' signs
     quant_flips      how far the final latent moves when the noise moves by its last bits
@@ -54,7 +55,7 @@ STEPS, CFG = 10, 3.0
 TAUGHT = ("twemoji apple on green", "noto koala on red", "twemoji house on yellow", "noto dog on white", "twemoji pizza on blue",
           "noto guitar on white", "noto ghost on black", "twemoji bus on yellow")  # fmt: skip
 TRAINED = (("4", "8"), ("3", "8"), ("2", "8"), ("3", "4"))
-PARTS = ("weights", "codes", "speed", "rotation", "model", "seeds", "lora", "flips", "train")
+PARTS = ("weights", "codes", "speed", "rotation", "model", "rows", "seeds", "lora", "flips", "train")
 PROBED = range(20, 24)  # seeds of the velocity's error
 TARGETS = (35.0, 36.0)  # dB of Keep Sensitive Layers
 ROUNDS_OF_SPEED = 25
@@ -65,6 +66,7 @@ SETTINGS = (  # bits of weights and activations, method, group
     ("3", "8", "tlq", "32"), ("3", "8", "uniform", "32"), ("2", "8", "tlq", "16"), ("4", "4", "tlq", "32"), ("3", "4", "tlq", "32"),
 )  # fmt: skip
 ROUNDINGS = ("nearest", "compensated")
+ROWS = (0, 64, 256, 512, 1024, 2048)
 QUANTIZE = {
     "group_size": "32", "method": "tlq", "rotation": "auto", "j_threshold": 1.0, "smooth_alpha": 0.5, "protect_down": False,
     "keep_below_db": 0.0, "include": "", "exclude": "", "lora": "before", "seed": 0, "rounding": "nearest",
@@ -225,13 +227,16 @@ class Tiny:
             "positive": self.runs.conditioning(PROMPTS[0]), "negative": self.runs.conditioning(""), "sigmas": sigmas, "cfg": CFG,
             "latent_image": {"samples": torch.zeros(1, 16, 16, 16)},
         }  # fmt: skip
-        self.stats = NODES["RectiflowQuantCalibrate"]().execute(model=self.runs.model, seed=99, num_runs=1, layers="", **self.shown)[0]
+        self.stats = self.calibrated()
         self.visited = {(cfg, prompt): self._run(cfg, prompt) for cfg in (CFG, 1.0) for prompt in PROMPTS}
+
+    def calibrated(self, rows: int = 1024):
+        return NODES["RectiflowQuantCalibrate"]().execute(model=self.runs.model, seed=99, num_runs=1, layers="", rows=rows, **self.shown)[0]
 
     def quantised(self, weight_bits: str, act_bits: str, method: str, group: str, **changed):
         """(MODEL, report)."""
-        given = {**QUANTIZE, "weight_bits": weight_bits, "act_bits": act_bits, "method": method, "group_size": group, **changed}
-        return NODES["RectiflowQuantize"]().execute(model=self.runs.model, stats=self.stats, **given)
+        given = {**QUANTIZE, "weight_bits": weight_bits, "act_bits": act_bits, "method": method, "group_size": group, "stats": self.stats}
+        return NODES["RectiflowQuantize"]().execute(model=self.runs.model, **{**given, **changed})
 
     def _sampled(self, model, sampler, cfg: float, prompt: str) -> None:
         noise = self.runs.noise(PROBED)
@@ -287,6 +292,17 @@ def model_part(tiny: Tiny, seeds: int) -> None:
             _layers(report, shares)
     header = ["model", "method", "group", "rounding", "bits_per_weight", "bytes", f"velocity_sqnr_db_cfg_{CFG:g}", "velocity_sqnr_db_cfg_1"]
     write_table("quant_model", [*header, f"latent_error_mean_of_{seeds}"], rows)
+
+
+def rows_part(tiny: Tiny, seeds: int) -> None:
+    """W4A8, the rest as in quant_model; no rows are the nearest codes."""
+    exact, rows = tiny.latent(tiny.runs.model, seeds), []
+    for count in ROWS:
+        model, _ = tiny.quantised("4", "8", "tlq", "32", stats=tiny.calibrated(count), rounding="compensated")
+        guided, single = (f"{tiny.velocity(model, cfg):.1f}" for cfg in (CFG, 1.0))
+        rows.append([count, guided, single, f"{sum(tiny.distances(model, exact)) / seeds:.4f}"])
+    header = ["rows", f"velocity_sqnr_db_cfg_{CFG:g}", "velocity_sqnr_db_cfg_1", f"latent_error_mean_of_{seeds}"]
+    write_table("quant_rows", header, rows)
 
 
 def _layers(report: str, shares: str) -> None:
@@ -415,13 +431,15 @@ def main() -> None:
         speed_part(given.suffix)
     if "rotation" in given.part:
         rotation_part()
-    if not {"model", "seeds", "lora", "flips", "train"} & set(given.part):
+    if not {"model", "rows", "seeds", "lora", "flips", "train"} & set(given.part):
         return
     host = make_host(Path(tempfile.mkdtemp()), settings=HostSettings(device="cpu", dtype="fp32"))
     with use_host(host), torch.inference_mode():
         tiny = Tiny(host)
         if "model" in given.part:
             model_part(tiny, given.seeds)
+        if "rows" in given.part:
+            rows_part(tiny, given.seeds)
         if "seeds" in given.part:
             seeds_part(tiny, given.seeds, given.draws)
         if "flips" in given.part:
