@@ -8,7 +8,7 @@
 
 What a column loses is taken up by the columns that are still to come, as far as the calibration has them move together. Grids and scales
 stay those of the nearest codes (theirs: uniform, a grid a group), so that bytes and the integer product are the same; here the grid may be
-twin-log, whose steps are widest where weights are largest. Their damping is 0.01; with the few rows of a short calibration 0.2 is nearer.
+twin-log, whose steps are widest where weights are largest. Their damping is 0.01; ours is for the few rows of a short calibration.
 """
 
 from __future__ import annotations
