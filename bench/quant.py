@@ -1,9 +1,8 @@
-"""How near few bits come: `python bench/quant.py [--part weights codes speed rotation model rows seeds lora flips train]`.
+"""How near few bits come: `python bench/quant.py [--part weights codes rotation model rows seeds lora flips train]`.
 
     quant_weights    SQNR in dB of weights by quantiser, at equal bits with every scale counted: a normal law, one with long tails, one with
                      one weight in a thousand ten times as large, and layers of the tiny model
     quant_core_codes codes of our int8 export beside comfy-kitchen's
-    quant_speed      an 8-bit linear layer of ours beside comfy-kitchen's
     quant_rotation   what rotations leave of an unquantised layer's output, and what they gain at 8 bits with four outlier channels
     quant_model      the tiny model in few bits, to the nearest codes and compensated: velocity SQNR over a schedule, bytes, and the final
                      latent's distance
@@ -23,11 +22,10 @@ import argparse
 import itertools
 import tempfile
 import time
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
 import torch
-from quant_formats import others
+from quant_formats import others, peers_installed
 from rectiflow import NODE_CLASS_MAPPINGS as NODES
 from rectiflow.accel.quant.attach import quantised_parts
 from rectiflow.accel.quant.compare import recording_sampler, replaying_sampler
@@ -39,7 +37,6 @@ from rectiflow.accel.quant.twin_log import reference_quantised
 from rectiflow.accel.quant.uniform import clipped_grid, int8_rows, int_tokens, min_max_grid
 from rectiflow.host import KSAMPLER, sample_custom
 from rectiflow.host.embedded import HostSettings, make_host, use_host
-from rectiflow.kernels.int8_linear import Int8Weight, int8_linear, prepare_int8
 from rectiflow.metrics.fidelity import relative_errors
 from rectiflow.tests.contract.tiny_runs import TinyRuns
 from rectiflow.tiny.weights import load_weights
@@ -55,10 +52,9 @@ STEPS, CFG = 10, 3.0
 TAUGHT = ("twemoji apple on green", "noto koala on red", "twemoji house on yellow", "noto dog on white", "twemoji pizza on blue",
           "noto guitar on white", "noto ghost on black", "twemoji bus on yellow")  # fmt: skip
 TRAINED = (("4", "8"), ("3", "8"), ("2", "8"), ("3", "4"))
-PARTS = ("weights", "codes", "speed", "rotation", "model", "rows", "seeds", "lora", "flips", "train")
+PARTS = ("weights", "codes", "rotation", "model", "rows", "seeds", "lora", "flips", "train")
 PROBED = range(20, 24)  # seeds of the velocity's error
 TARGETS = (35.0, 36.0)  # dB of Keep Sensitive Layers
-ROUNDS_OF_SPEED = 25
 LAST_BITS = 3e-7  # of a float32, as two hosts differ: a few last places
 LORA_SIZES, LORA_RANK = (0.05, 0.1, 0.2, 0.4), 4
 SETTINGS = (  # bits of weights and activations, method, group
@@ -110,16 +106,6 @@ def ours(weight: torch.Tensor):
         yield f"ours tlq, groups of 16, hadamard, {bits} bits", bits, size, turned.undo(stored.numbers())
 
 
-def peers_installed() -> str:
-    found = []
-    for package in ("comfy-kitchen", "torchao", "gguf", "bitsandbytes"):
-        try:
-            found.append(f"{package} {version(package)}")
-        except PackageNotFoundError:
-            found.append(f"{package} none")
-    return ", ".join(found)
-
-
 def weights_part() -> None:
     rows, peers = [], peers_installed()
     for law, matrices in laws().items():
@@ -153,45 +139,6 @@ def codes_part() -> None:
             apart = int((stored.codes.int() - theirs.int()).abs().max())
             rows.append([name, form, f"{equal:.6f}", apart, f"{scale:.1e}", peers_installed()])
     write_table("quant_core_codes", ["layer", "form", "equal_codes", "largest_difference", "scale_difference", "peers"], rows)
-
-
-def speed_part(suffix: str) -> None:
-    """An 8-bit linear layer of ours beside comfy-kitchen's eager one on the same codes: process time, interleaved rounds."""
-    try:
-        from comfy_kitchen import int8_linear as theirs
-    except ImportError:
-        print("comfy-kitchen is not installed: its speed is not compared")
-        return
-    rows = []
-    for width, out in ((768, 3072), (3072, 768)):
-        generator = torch.Generator().manual_seed(width)
-        x, w = torch.randn(1024, width, generator=generator), torch.randn(out, width, generator=generator) * SIGMA
-        bias = torch.zeros(out)
-        codes, scale = int8_rows(w)
-        whole, ready, row_scale = Int8Weight(codes, scale), prepare_int8(codes, scale), scale[:, None].contiguous()
-        x_half, w_half, bias_half = x.bfloat16(), w.bfloat16(), bias.bfloat16()
-        turn = convrot(width).turn(None)
-        cases = {
-            "linear, fp32": lambda x=x, w=w, b=bias: torch.nn.functional.linear(x, w, b),
-            "linear, bf16": lambda x=x_half, w=w_half, b=bias_half: torch.nn.functional.linear(x, w, b),
-            "ours, fp32 tokens": lambda x=x, w=whole, b=bias: int8_linear(x, w, b),
-            "ours, bf16 tokens": lambda x=x_half, w=whole, b=bias_half: int8_linear(x, w, b),
-            "ours prepared, fp32 tokens": lambda x=x, w=ready, b=bias: int8_linear(x, w, b),
-            "ours with convrot, fp32 tokens": lambda x=x, w=whole, b=bias, t=turn: int8_linear(x, w, b, 8, t),
-            "comfy-kitchen eager, fp32 tokens": lambda x=x, c=codes, s=row_scale, b=bias: theirs(x, c, s, b, torch.float32),
-            "comfy-kitchen eager, bf16 tokens": lambda x=x_half, c=codes, s=row_scale, b=bias_half: theirs(x, c, s, b, torch.bfloat16),
-            "comfy-kitchen eager with convrot, fp32 tokens":
-                lambda x=x, c=codes, s=row_scale, b=bias: theirs(x, c, s, b, torch.float32, convrot=True),
-        }  # fmt: skip
-        times: dict[str, list[float]] = {name: [] for name in cases}
-        for _ in range(ROUNDS_OF_SPEED):
-            for name, case in cases.items():
-                start = time.process_time()
-                case()
-                times[name].append(1000 * (time.process_time() - start))
-        size = f"1024 × {width} → {out}"
-        rows += [[size, name, f"{min(took):.1f}", f"{sorted(took)[len(took) // 2]:.1f}", peers_installed()] for name, took in times.items()]
-    write_table(f"quant_speed{suffix}", ["size", "layer", "least_ms", "median_ms", "peers"], rows)
 
 
 def rotation_part() -> None:
@@ -405,7 +352,7 @@ def _factors(weight: torch.Tensor) -> tuple[tuple[int, int], tuple[int, int]]:
 
 def _moved(weight: torch.Tensor, added: torch.Tensor, bits: int, policy: str, inputs) -> torch.Tensor:
     """How the output of the layer in few bits changes when the LoRA is put on it."""
-    scheme = QuantScheme(bits, 8, 32, rotation="hadamard", lora="requant" if policy == "requant" else "bypass")
+    scheme = QuantScheme(bits, 8, 32, rotation="hadamard", lora="requant" if policy == "requant" else "bypass", rounding="nearest")
     layer = quantised_layer(weight, None, scheme, inputs)
     plain = layer(inputs.sample)
     if policy == "before":
@@ -421,14 +368,11 @@ def main() -> None:
     parser.add_argument("--seeds", type=int, default=10)
     parser.add_argument("--draws", type=int, default=8)
     parser.add_argument("--steps", type=int, default=120, help="of training, for quant_train")
-    parser.add_argument("--suffix", default="", help="behind quant_speed in its table's name: one a processor")
     given = parser.parse_args()
     if "weights" in given.part:
         weights_part()
     if "codes" in given.part:
         codes_part()
-    if "speed" in given.part:
-        speed_part(given.suffix)
     if "rotation" in given.part:
         rotation_part()
     if not {"model", "rows", "seeds", "lora", "flips", "train"} & set(given.part):

@@ -7,12 +7,23 @@ has no writer in Python: `q4_k_reference` follows the format's public definition
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from importlib.metadata import PackageNotFoundError, version
 
 import torch
 
-__all__ = ["Found", "others", "q4_k_reference"]
+__all__ = ["Found", "others", "peers_installed", "q4_k_reference"]
 
 Found = tuple[str, int, float, torch.Tensor | None]  # name, class of bits, bits a weight, ŵ; None where the package is missing
+
+
+def peers_installed() -> str:
+    found = []
+    for package in ("comfy-kitchen", "torchao", "gguf", "bitsandbytes"):
+        try:
+            found.append(f"{package} {version(package)}")
+        except PackageNotFoundError:
+            found.append(f"{package} none")
+    return ", ".join(found)
 
 
 def _bits(weight: torch.Tensor, *stored: torch.Tensor) -> float:

@@ -135,7 +135,7 @@ def test_joined_and_split_conditions_agree_in_every_form(family, options):
     together = sample(patched, x)
     assert log.calls[0] == 8
     apart = torch.cat([sample(grained(model, mask[i : i + 1], **options)[0], x[i : i + 1]) for i in range(2)])
-    torch.testing.assert_close(together, apart, atol=2e-5, rtol=1e-5)
+    torch.testing.assert_close(together, apart, atol=5e-5, rtol=1e-5)  # fp32 sums in another order: up to 2.4e-5 by processor
     assert sample(patched, x, tokens=(5, 8)).isfinite().all() and len(log.flops) == 2
     assert (together - sample(model, x)).abs().max() > 1e-4
 

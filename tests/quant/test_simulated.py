@@ -58,14 +58,15 @@ def test_functions_on_the_weight_see_rounded_activations():
 
 
 def test_a_model_that_simulates_is_the_packed_one(runs):
-    """Latents to a thousandth; the same bytes in a file, and layers whose activations are left alone go on simulating."""
+    """Latents to half of what the rounding moves them (a quarter measured), as a value between two codes falls by its last bits. The same
+    bytes in a file, and layers whose activations are left alone go on simulating."""
     from rectiflow.accel.quant.attach import with_activations
 
     given = {"weight_bits": "8", "act_bits": "8", "lora": "bypass"}
     packed, simulated = (runs.quantized(mode=mode, **given) for mode in ("packed", "simulate"))
     assert [part.simulate for part in quantised_parts(simulated).values()] == [True] * len(quantised_parts(packed))
     expected, found = runs.latent(packed), runs.latent(simulated)
-    assert (found - expected).norm() < 1e-3 * expected.norm()
+    assert 2.0 * (found - expected).norm() < (runs.latent(runs.model) - expected).norm() < 0.01 * expected.norm()
     files = [runs.file(runs.save(model, prefix=f"test/{name}")) for name, model in (("packed", packed), ("simulated", simulated))]
     assert files[0].read_bytes() == files[1].read_bytes()
     name = next(iter(quantised_parts(simulated)))
