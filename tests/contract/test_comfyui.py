@@ -20,6 +20,10 @@ pytestmark = pytest.mark.comfyui
 # The two hosts add up attention and matrix products in different orders, in fp32 on the CPU, over 28 guided steps: up to 2.6e-4 measured,
 # at twice the training side on a processor with AVX-512.
 LATENT_TOLERANCE = 5e-4
+# Training that begins where a layer was solved: Adam divides gradients near zero by their own size, so that their last bits become steps.
+# Measured 1.1e-3 of latents up to 3.
+SOLVED_TOLERANCE = 3e-3
+SOLVED = {"RectiflowDistillRuns"}
 # Rounded activations: a number on the edge between two codes falls either way, and the rest of the run follows. Measured 9e-3 at 8 bits.
 ROUNDED_TOLERANCE = 2e-2  # root mean square over the latent's own
 ROUNDING = {"RectiflowQuantize", "RectiflowLoadCompressed"}
@@ -51,7 +55,7 @@ def test_the_graph_gives_the_same_picture_and_latent(name, comfyui_server, embed
 
 def both_hosts_agree(graph: dict, comfyui_server, embedded) -> None:
     graph = with_saved_latents(graph)
-    rounded = any(node["class_type"] in ROUNDING for node in graph.values())
+    rounded, solved = (any(node["class_type"] in kinds for node in graph.values()) for kinds in (ROUNDING, SOLVED))
     here = run_graph(graph, embedded)
     there = comfyui_server.run(graph)
     for node_id, shown in here.outputs.items():
@@ -65,7 +69,7 @@ def both_hosts_agree(graph: dict, comfyui_server, embedded) -> None:
                 if mine["type"] == other["type"] == "temp":  # previews; what they show is drawn from what is compared
                     continue
                 mine = path_of(mine, embedded.paths.get_directory_by_type("output"))
-                compare(mine, path_of(other, comfyui_server.folder / "output"), rounded)
+                compare(mine, path_of(other, comfyui_server.folder / "output"), rounded, SOLVED_TOLERANCE if solved else LATENT_TOLERANCE)
 
 
 def with_saved_latents(graph: dict) -> dict:
@@ -84,13 +88,13 @@ def path_of(shown: dict, output: str | Path) -> Path:
     return Path(output, shown["subfolder"], shown["filename"])
 
 
-def compare(here: Path, there: Path, rounded: bool) -> None:
+def compare(here: Path, there: Path, rounded: bool, tolerance: float) -> None:
     if here.suffix == ".latent":
         ours, theirs = (load_file(path)["latent_tensor"] for path in (here, there))
         if rounded:
             assert (ours - theirs).norm() <= ROUNDED_TOLERANCE * theirs.norm()
             return
-        torch.testing.assert_close(ours, theirs, atol=LATENT_TOLERANCE, rtol=0)
+        torch.testing.assert_close(ours, theirs, atol=tolerance, rtol=0)
     elif not rounded:
         ours, theirs = (numpy.asarray(Image.open(path), dtype=numpy.int16) for path in (here, there))
         assert abs(ours - theirs).max() <= 1  # a value on the edge between two 8-bit levels may fall either way
