@@ -24,7 +24,7 @@ import torch
 from torch import Tensor, nn
 
 from ..accel.prune.apply import stack_under
-from ..accel.prune.fitted_students import FittedLayer, StudentFit
+from ..accel.prune.fitted_students import FittedLayer, StudentFit, last_layers
 from ..accel.prune.gates import gate_blocks, own
 from ..accel.prune.identity import model_hash, original_module
 from ..accel.prune.plan import PrunePlan, Run
@@ -274,8 +274,8 @@ class Distillation:
 
     def _fit(self, trainee: Any, gate: RunGate, data: PoolData) -> None:
         """The students' last layers by least squares, judged on prompts, or samples, that they are not fitted to."""
-        stack, fixed = stack_under(self.model, WHERE), points(data, FITTED_AT, self.calibration.seed)
-        gate.fitting = StudentFit({run: gate.students[run.path] for run in gate.runs}, self.model, stack, FITTED_TOKENS)
+        fixed, layers = points(data, FITTED_AT, self.calibration.seed), last_layers(self.model, stack_under(self.model, WHERE))
+        gate.fitting = StudentFit({run: gate.students[run.path] for run in gate.runs}, layers, FITTED_TOKENS)
         try:
             for gate.fitting.held, part in zip((False, True), parted(fixed, data.prompts)):
                 for point in part:

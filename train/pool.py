@@ -165,20 +165,21 @@ def points(data: PoolData, count: int, seed: int) -> list[tuple[Tensor, Tensor, 
     batch, noise = data.batch(rows, draws), draws.normal("noise", (count, *data.latents.shape[1:]))
     s = sigma.view(-1, *[1] * (noise.ndim - 1))
     x = (1.0 - s) * batch.clean + s * noise
-    return [(x[i : i + CALL], sigma[i : i + CALL], batch.cond[i : i + CALL]) for i in range(0, count, CALL)]
+    return _calls(x, sigma, batch.cond)
 
 
 def parted(at: list[tuple[Tensor, Tensor, list]], prompts: int) -> tuple[list, list]:
     """Points for a fit, and points that judge it: every fourth prompt, or of fewer prompts every fourth point, is held out."""
-    rows = [(x, sigma, cond) for call in at for x, sigma, cond in zip(*call)]
-    held = [(row[2] if prompts >= HELD_OUT else place) % HELD_OUT == HELD_OUT - 1 for place, row in enumerate(rows)]
+    x, sigma, conds = zip(*at)
+    x, sigma, cond = torch.cat(x), torch.cat(sigma), [number for each in conds for number in each]
+    held = [(number if prompts >= HELD_OUT else place) % HELD_OUT == HELD_OUT - 1 for place, number in enumerate(cond)]
+    parts = [[place for place, out in enumerate(held) if out == judges] for judges in (False, True)]
+    shown, judged = (_calls(x[part], sigma[part], [cond[place] for place in part]) for part in parts)
+    return shown, judged
 
-    def calls(chosen: bool) -> list[tuple[Tensor, Tensor, list]]:
-        mine = [row for row, out in zip(rows, held) if out == chosen]
-        parts = [mine[i : i + CALL] for i in range(0, len(mine), CALL)]
-        return [(torch.stack([x for x, _, _ in part]), torch.stack([s for _, s, _ in part]), [c for _, _, c in part]) for part in parts]
 
-    return calls(False), calls(True)
+def _calls(x: Tensor, sigma: Tensor, cond: list) -> list[tuple[Tensor, Tensor, list]]:
+    return [(x[i : i + CALL], sigma[i : i + CALL], cond[i : i + CALL]) for i in range(0, len(x), CALL)]
 
 
 @torch.no_grad()

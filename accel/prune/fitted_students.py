@@ -43,10 +43,13 @@ AFFINE = 1e-2  # of the layer's own share in the block's output: what c + g ⊙ 
 TINY = 1e-12
 
 
-def last_layers(model: Any, stack: Stack, run: Run) -> tuple[str, ...]:
-    """Names, below a block of `run`, of the layers that end its streams; () in a family whose MLPs are not known."""
-    groups = width_groups(stack, lambda path: original_part(model, path))
-    return tuple(group.columns[0].layer[len(run.path) + 1 :] for group in groups if group.path == run.path and not group.is_heads)
+def last_layers(model: Any, stack: Stack) -> dict[str, tuple[str, ...]]:
+    """Path of a block → names below it of the layers that end its streams; a block whose MLP is not known has none."""
+    found: dict[str, tuple[str, ...]] = {block.path: () for block in stack.blocks}
+    for group in width_groups(stack, lambda path: original_part(model, path)):
+        if not group.is_heads:
+            found[group.path] += (group.columns[0].layer[len(group.path) + 1 :],)
+    return found
 
 
 @dataclass(frozen=True)
@@ -78,14 +81,13 @@ class _Rows:
 class LastLayers:
     """Collects, call by call of the whole model, what the last layers of one student would have to say, and solves for them.
 
-    per_image: tokens kept of each image and stream in a call. held: whether the calls from now on are held out.
-    unfit: why a layer was left as it is.
+    per_image: tokens kept of each image and stream in a call. unfit: why a layer was left as it is.
     """
 
     def __init__(self, student: nn.Module, layers: Sequence[str], per_image: int):
         self.student = student
         self.layers = {name: student.get_submodule(name) for name in layers}
-        self.per_image, self.held = per_image, False
+        self.per_image = per_image
         self.rows: dict[str, _Rows] = {name: _Rows() for name in layers}
         self.unfit: dict[str, str] = {} if layers else {"last layer": "not known in this family"}
         self._behind: dict[str, tuple[int, Tensor, Tensor, Tensor]] = {}
@@ -122,15 +124,15 @@ class LastLayers:
             return run(own(state))
 
     @torch.no_grad()
-    def wanted(self, state: State) -> None:
-        """`state` is what the whole model has behind the run."""
+    def wanted(self, state: State, held: bool) -> None:
+        """`state` is what the whole model has behind the run. held: this call only judges."""
         for name, (stream, z, gate, nothing) in self._behind.items():
             target = state[stream].float()
             weigh = 1.0 / target.norm(dim=-1, keepdim=True).clamp(min=TINY)
             rows, seed = self.rows[name], len(self.rows[name].z)
             for kept, tokens in ((rows.z, z), (rows.gate, gate * weigh), (rows.missing, (target - nothing) * weigh)):
                 kept.append(few_tokens(tokens, self.per_image, seed))
-            rows.held.append(self.held)
+            rows.held.append(held)
 
     @torch.no_grad()
     def solve(self, ridges: Sequence[float] = RIDGES) -> dict[str, FittedLayer]:
@@ -160,22 +162,21 @@ class LastLayers:
 class StudentFit:
     """Around every block while the whole model runs: what the students of any runs would have to say. Runs may overlap.
 
-    students: run → its student, in fp32. held: whether the calls from now on are held out.
+    students: run → its student, in fp32. layers: of last_layers. held: whether the calls from now on only judge.
     """
 
-    def __init__(self, students: Mapping[Run, nn.Module], model: Any, stack: Stack, per_image: int):
-        self.last = {run: LastLayers(student, last_layers(model, stack, run), per_image) for run, student in students.items()}
+    def __init__(self, students: Mapping[Run, nn.Module], layers: Mapping[str, Sequence[str]], per_image: int):
+        self.last = {run: LastLayers(student, layers[run.path], per_image) for run, student in students.items()}
         self.held = False
 
     def __call__(self, block: StackBlock, state: State, run: Callable[..., State]) -> State:
         for of, layers in self.last.items():
             if block.path == of.path:
-                layers.held = self.held
                 layers.take(state, lambda given, student=layers.student: run(given, student))
         after = run()
         for of, layers in self.last.items():
             if block.holder == of.holder and block.index == of.last:
-                layers.wanted(after)
+                layers.wanted(after, self.held)
         return after
 
     def solve(self, ridges: Sequence[float] = RIDGES) -> dict[Run, dict[str, FittedLayer]]:
@@ -207,12 +208,12 @@ def student_table(
     step: called for every run.
     """
     tables = {holder: torch.full((count, count), float("nan"), dtype=torch.float64) for holder, count in stack.counts.items()}
-    exact = ask(held=True)
+    exact, layers = ask(held=True), last_layers(model, stack)
     for _, group in groupby(runs_to_judge(stack, longest), key=lambda run: run.path):
         students = {run: new_student(model, run) for run in group}
         for student in students.values():
             in_fp32(student, model.load_device)
-        gate.current = fit = StudentFit(students, model, stack, per_image)
+        gate.current = fit = StudentFit(students, layers, per_image)
         ask(held=False)
         fit.solve((TABLE_RIDGE,))
         for run, student in students.items():

@@ -15,7 +15,6 @@ from __future__ import annotations
 
 import torch
 
-from .packing import pack
 from .stored import StoredWeight
 
 __all__ = ["compensated"]
@@ -42,7 +41,7 @@ def compensated(stored: StoredWeight, weight: torch.Tensor, rows: torch.Tensor) 
             errors[:, j - start] = error = (left[:, j] - numbers) / upper[j, j]
             left[:, j + 1 : stop] -= error[:, None] * upper[j, j + 1 : stop]
         left[:, stop:] -= errors @ upper[start:stop, stop:]
-    return codes if stored.layout == "int8" else pack(codes, stored.bits)
+    return stored.as_kept(codes)
 
 
 def _propagation(rows: torch.Tensor) -> torch.Tensor | None:

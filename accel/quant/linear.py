@@ -215,13 +215,13 @@ class QuantLinear(nn.Module):
             return self._product_of_functions(x)
         bias = self._bias(x)
         if self.act_bits == FULL:
-            out = F.linear(self._turned(x), self.stored.numbers().to(x.dtype), bias)
+            out = F.linear(self.turned(x), self.stored.numbers().to(x.dtype), bias)
         elif self._simulates(x):
             codes, scale = self.stored.as_int8()
             out = F.linear(self._rounded(x), (codes.float() * scale[:, None]).to(x.dtype), bias)
         else:
             turn = self.rotation.turn(self.smooth)  # the codes' own pass over x turns it, where it can
-            given, turn = (self._turned(x), NOTHING) if turn is None else (x, turn)
+            given, turn = (self.turned(x), NOTHING) if turn is None else (x, turn)
             out = int8_linear(given, Int8Weight(*self.stored.as_int8()), bias, self.act_bits, turn)
         for a, b in self._beside():
             a, b = a.to(x), b.to(x)
@@ -231,13 +231,13 @@ class QuantLinear(nn.Module):
     def _simulates(self, *tensors: torch.Tensor) -> bool:
         return self.simulate or torch.is_grad_enabled() and any(tensor.requires_grad for tensor in tensors)
 
-    def _turned(self, x: torch.Tensor) -> torch.Tensor:
+    def turned(self, x: torch.Tensor) -> torch.Tensor:
         """x in the codes' basis."""
         return self.rotation.apply(x if self.smooth is None else x * self.smooth.to(x.dtype))
 
     def _rounded(self, x: torch.Tensor) -> torch.Tensor:
         """x in the codes' basis, as its integers stand for it, in x's dtype; its gradient is that of the basis alone."""
-        turned = self._turned(x.float())
+        turned = self.turned(x.float())
         codes, scale = quantise_tokens(turned.detach().reshape(-1, self.in_features), self.act_bits)
         return (turned + ((codes.float() * scale).view_as(turned) - turned).detach()).to(x.dtype)
 

@@ -175,9 +175,8 @@ def quantised_layer(
         best = max(ways, key=lambda way: _output_db(exact, made(*way, part, None, rounds=1), rows))
     layer = made(*best, weight, bias)
     if has_rows(scheme, inputs):
-        rows = inputs.spread_rows.to(weight.device).float()
-        turned = layer.rotation.apply(rows if layer.smooth is None else rows * layer.smooth)
-        layer.weight.data.copy_(compensated(layer.stored, layer.into_basis(weight), turned))
+        rows = layer.turned(inputs.spread_rows.to(weight.device).float())
+        layer.weight.data.copy_(compensated(layer.stored, layer.into_basis(weight), rows))
     return layer
 
 

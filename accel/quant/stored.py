@@ -62,6 +62,10 @@ class StoredWeight:
         parts = [weight.float().split(rows := max(1, CHUNK // self.columns)), self.numbers().split(rows)]
         bounds = range(0, len(weight), rows)
         codes = torch.cat([self._rows(start, rows)._moved(new, base) for start, new, base in zip(bounds, *parts)])
+        return self.as_kept(codes)
+
+    def as_kept(self, codes: torch.Tensor) -> torch.Tensor:
+        """Codes (n, k) as this layout keeps them: int8 as they are, others packed."""
         return codes if self.layout == "int8" else pack(codes, self.bits)
 
     def _rows(self, start: int, count: int) -> StoredWeight:

@@ -34,26 +34,26 @@ def collected(model, run: Run, disturb: float, targets=lambda state: state, call
     stack = stack_under(model, "test")
     with torch.inference_mode(False):
         student = new_student(model, run, "first").float()
-        names = last_layers(model, stack, run)
+        names = last_layers(model, stack)[run.path]
         with torch.no_grad():
             for name in names:
                 weight = student.get_submodule(name).weight
                 weight += disturb * weight.std() * torch.randn(weight.shape, generator=torch.Generator().manual_seed(3))
-        found = LastLayers(student, names, 64)
+        found, judging = LastLayers(student, names, 64), [False]
 
     def gate(block, state, run_block):
         if block.path != run.path:
             return run_block()
         found.take(state, lambda given: run_block(given, student))
         after = run_block()
-        found.wanted(targets(own(after)))
+        found.wanted(targets(own(after)), held=judging[0])
         return after
 
     shown = Calibration(conditioning(5), None, (16, 6, 8), count=4, steps=2)
 
     def body(trainee):
         for call in range(calls):
-            found.held = call == calls - 1
+            judging[0] = call == calls - 1
             generator = torch.Generator().manual_seed(call)
             with torch.no_grad():
                 trainee.velocity(torch.randn((2, *shown.size), generator=generator), torch.tensor([0.3, 0.8]), [0, 0])
