@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
-
 import pytest
 import torch
 from rectiflow.accel.prune import fitted_students
@@ -16,6 +14,7 @@ from rectiflow.accel.prune.students import new_student
 from rectiflow.host import CFGGuider
 from rectiflow.nodes.pruning import host_services
 from rectiflow.tests.accel.region_toys import conditioning, toy
+from rectiflow.tests.prune.conftest import interrupted_at
 from rectiflow.train.distill_runs import RunSettings, distill_runs
 from rectiflow.train.pool import CALL, Calibration, inside, parted
 
@@ -155,14 +154,8 @@ def test_a_family_without_such_layers_says_so():
 
 def test_interrupted_while_fitting_and_while_training_it_ends_alike(tiny, shown, plan, tmp_path):
     settings = {"init": "fitted", "steps": 3, "lr": 1e-3, "own_share": 0.5}
-    whole, calls = distil(tiny, shown, plan, tmp_path / "whole", **settings), []
-
-    def interrupt():
-        calls.append(1)
-        if len(calls) in (2, 9):
-            raise KeyboardInterrupt
-
-    services = dataclasses.replace(host_services(), interrupt=interrupt)
+    whole = distil(tiny, shown, plan, tmp_path / "whole", **settings)
+    services, calls = interrupted_at(2, 9)
     for _ in range(2):
         with pytest.raises(KeyboardInterrupt):
             distil(tiny, shown, plan, tmp_path / "part", services, **settings)

@@ -19,6 +19,7 @@ from rectiflow.metrics.matrix import matrix_chart
 from rectiflow.nodes.pruning import host_services
 from rectiflow.tests.accel.region_toys import conditioning, toy
 from rectiflow.tests.models import small_models
+from rectiflow.tests.prune.conftest import interrupted_at
 from rectiflow.train.learn_depth import DepthSettings, learn_depth
 from rectiflow.train.pool import Calibration, inside
 
@@ -151,14 +152,7 @@ def test_the_flow_and_given_latents_are_examples_as_well(model):
 def test_stopped_at_any_step_and_resumed_is_the_whole_run(model, tmp_path):
     """The logits, their average and the trace of a run that was interrupted twice are those of one that was not, bit for bit."""
     whole = learn(model, tmp_path / "whole")
-    calls = []
-
-    def interrupt():
-        calls.append(1)
-        if len(calls) in (2, 4):
-            raise KeyboardInterrupt
-
-    services = dataclasses.replace(host_services(), interrupt=interrupt)
+    services, _ = interrupted_at(2, 4)
     for _ in range(2):
         with pytest.raises(KeyboardInterrupt):
             learn(model, tmp_path / "part", services)

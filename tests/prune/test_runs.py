@@ -18,6 +18,7 @@ from rectiflow.host.embedded import sd
 from rectiflow.nodes.pruning import host_services
 from rectiflow.tests.accel.region_toys import conditioning, noise, sample, toy
 from rectiflow.tests.models import small_models
+from rectiflow.tests.prune.conftest import interrupted_at
 from rectiflow.train.distill_runs import (
     DISTANCES,
     RunGate,
@@ -255,14 +256,7 @@ def test_recovery_of_scheduled_runs_is_refused(model, distilled):
 def test_stopped_and_resumed_is_the_whole_run(model, plan, tmp_path):
     """Interrupted in the alternating stage and in the last one: bit-identical students."""
     whole = distil(model, plan, tmp_path / "whole", own_share=0.5)
-    calls = []
-
-    def interrupt():
-        calls.append(1)
-        if len(calls) in (2, 5):
-            raise KeyboardInterrupt
-
-    services = dataclasses.replace(host_services(), interrupt=interrupt)
+    services, _ = interrupted_at(2, 5)
     for _ in range(2):
         with pytest.raises(KeyboardInterrupt):
             distil(model, plan, tmp_path / "part", services, own_share=0.5)
