@@ -277,7 +277,7 @@ class Distillation:
         fixed, layers = points(data, FITTED_AT, self.calibration.seed), last_layers(self.model, stack_under(self.model, WHERE))
         gate.fitting = StudentFit({run: gate.students[run.path] for run in gate.runs}, layers, FITTED_TOKENS)
         try:
-            for gate.fitting.held, part in zip((False, True), parted(fixed, data.prompts)):
+            for gate.fitting.held, part in zip((False, True), parted(fixed)):
                 for point in part:
                     self.services.interrupt()
                     velocities(trainee, [point])

@@ -22,7 +22,7 @@ from .draws import Draws, seeded
 from .host_model import train_inside, trainable_weights
 from .loop import Batch
 
-__all__ = ["Calibration", "PoolData", "Switched", "checked_pool", "inside", "parted", "points", "sample_pool", "velocities"]
+__all__ = ["HELD_OUT", "Calibration", "PoolData", "Switched", "checked_pool", "inside", "parted", "points", "sample_pool", "velocities"]
 
 CALL = 8  # rows a model call has at most
 HELD_OUT = 4  # of so many prompts, or points, one
@@ -168,11 +168,12 @@ def points(data: PoolData, count: int, seed: int) -> list[tuple[Tensor, Tensor, 
     return _calls(x, sigma, batch.cond)
 
 
-def parted(at: list[tuple[Tensor, Tensor, list]], prompts: int) -> tuple[list, list]:
-    """Points for a fit, and points that judge it: every fourth prompt, or of fewer prompts every fourth point, is held out."""
+def parted(at: list[tuple[Tensor, Tensor, list]]) -> tuple[list, list]:
+    """Points for a fit, and points that judge it: every fourth prompt, or where there are fewer every fourth point, is held out."""
     x, sigma, conds = zip(*at)
     x, sigma, cond = torch.cat(x), torch.cat(sigma), [number for each in conds for number in each]
-    held = [(number if prompts >= HELD_OUT else place) % HELD_OUT == HELD_OUT - 1 for place, number in enumerate(cond)]
+    by_prompt = max(cond) >= HELD_OUT - 1
+    held = [(number if by_prompt else place) % HELD_OUT == HELD_OUT - 1 for place, number in enumerate(cond)]
     parts = [[place for place, out in enumerate(held) if out == judges] for judges in (False, True)]
     shown, judged = (_calls(x[part], sigma[part], [cond[place] for place in part]) for part in parts)
     return shown, judged

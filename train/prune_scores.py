@@ -19,7 +19,7 @@ from ..accel.prune.scores import Dispatcher, magnitude, relative_error, sensitiv
 from ..accel.prune.select import PATTERNS, how_many, least_important, pattern, plan_without, protected
 from ..errors import input_error
 from ..families.stack import Stack
-from .pool import Calibration, PoolData, checked_pool, inside, parted, points, sample_pool, velocities
+from .pool import HELD_OUT, Calibration, PoolData, checked_pool, inside, parted, points, sample_pool, velocities
 
 __all__ = [
     "JUDGES", "VELOCITY", "LayerStats", "RunSearch", "ScoreRequest", "Scored", "find_runs", "on_samples", "probe_layers", "runs_from",
@@ -128,6 +128,8 @@ def probe_layers(
     stack, started, found = stack_under(whole_model(model, where), where), time.perf_counter(), {}
     if judge not in JUDGES:
         raise input_error(where, "judge", judge, ", ".join(JUDGES), "Choose one of these.")
+    if judge == "students" and at < HELD_OUT:
+        raise input_error(where, "points", at, f"{HELD_OUT} and more, of which a part judges", "Raise it, or set judge to cka.")
 
     def measure(gate: Dispatcher, ask: Callable) -> None:
         found.update(probe_tables(_recorded(gate, ask, tokens, at), stack, longest, ridge))
@@ -186,7 +188,7 @@ def on_samples(
     def body(trainee: Any) -> None:
         pool = checked_pool(trainee, calibration, where)
         fixed = points(PoolData(pool, len(trainee.positive)), at, calibration.seed)
-        shown, judged = parted(fixed, len(trainee.positive))
+        shown, judged = parted(fixed)
         with torch.no_grad():
             measure(gate, lambda held=None: velocities(trainee, {None: fixed, False: shown, True: judged}[held]))
 

@@ -114,7 +114,7 @@ def test_what_serves_only_the_rows_it_was_fitted_to_is_not_taken():
 def test_points_that_judge_share_no_prompt_with_the_others(prompts, count):
     rows = [(torch.full((1, 2, 2), float(i)), torch.tensor(i / count), i % prompts) for i in range(count)]
     at = [tuple(zip(*rows[i : i + CALL])) for i in range(0, count, CALL)]
-    shown, judged = parted([(torch.stack(x), torch.stack(s), list(c)) for x, s, c in at], prompts)
+    shown, judged = parted([(torch.stack(x), torch.stack(s), list(c)) for x, s, c in at])
     seen = [sorted(int(x.flatten()[0]) for call in part for x in call[0]) for part in (shown, judged)]
     assert sorted(seen[0] + seen[1]) == list(range(count)) and len(seen[1]) == count // 4
     assert all(len(call[2]) <= CALL for call in shown + judged)

@@ -162,6 +162,8 @@ def test_runs_of_the_tiny_model(tiny, shown):
         runs_from(stats, RunSearch(remove=1 / 3, merge="velocity"), "test")
     with pytest.raises(NodeInputError, match="judge"):
         probe_layers(tiny.model, shown, CFGGuider, "test", judge="eye")
+    with pytest.raises(NodeInputError, match="points"):
+        probe_layers(tiny.model, shown, CFGGuider, "test", at=3, judge="students")
     asked = []
     judged = probe_layers(tiny.model, shown, CFGGuider, "test", longest=3, at=8, judge="students", step=lambda: asked.append(1))
     assert len(asked) == len(runs_to_judge(stack, 3)) == (2 + 1) + (5 + 4)
