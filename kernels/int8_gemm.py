@@ -6,7 +6,9 @@ x (m, k) and w (n, k) int8, x_scale (m, 1) and w_scale (n,) float32, bias (n,) o
 int32 holds 127²·k up to k = 133 000.
 
     reference   float64
-    torch       torch's int8 product, on a CPU in chunks of rows that are scaled while they lie in the cache
+    torch       torch's int8 product, on a CPU in chunks of rows that are scaled while they lie in the cache. A CPU without instructions for
+                it (VNNI) takes that of float32, which is thirty times as fast there as torch's loop over integers and the same numbers:
+                sums are exact up to k = 1040, where they could reach 2^24, and to a float32's rounding beyond
     Triton      the same with the scales as its epilogue: int32 sums never leave the registers, where torch writes and reads 4·m·n bytes
 """
 
@@ -23,10 +25,14 @@ try:
 except ImportError:  # said by `unfit`; the torch path needs nothing of it
     triton = None
 
-__all__ = ["CHUNK", "aot_forms", "int8_gemm_scaled", "reference", "scaled_product", "torch_path", "unfit"]
+__all__ = [
+    "CHUNK", "CPU_MULTIPLIES_BYTES", "aot_forms", "int8_gemm_scaled", "multiplicand", "reference", "scaled_product", "torch_path", "unfit",
+]  # fmt: skip
 
 CHUNK = 128  # rows whose int32 sums stay in the second-level cache: 1.5 MiB at 3072 outputs
 GROUP = 8  # tiles of rows that take a tile of weights one after the other: the weights are read from the second-level cache
+# Whether the processor has VNNI. Without it oneDNN adds pairs of byte products in 16 bits, where large ones end at 32767.
+CPU_MULTIPLIES_BYTES = getattr(torch.cpu, "_is_vnni_supported", lambda: True)()
 SMALL = 64  # rows up to which half of a tile's 128 would be empty
 
 
@@ -39,8 +45,15 @@ def reference(
     return (out if bias is None else out + bias.double()).to(dtype)
 
 
+def multiplicand(weight: torch.Tensor) -> torch.Tensor:
+    """Codes (n, k) int8 as the product of this device takes them, for several calls of scaled_product."""
+    return weight if weight.device.type != "cpu" or CPU_MULTIPLIES_BYTES else weight.float()
+
+
 def _product(x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
-    """x (m, k), weight (n, k), both int8 → exact sums (m, n)."""
+    """x (m, k) int8, weight (n, k) of `multiplicand` → sums (m, n)."""
+    if weight.is_floating_point():
+        return x.float() @ weight.t()
     if x.device.type != "cpu" and (weight.shape[0] % 8 or weight.shape[1] % 8):  # what CUDA's product asks for
         return x.double() @ weight.double().t()
     if x.device.type != "cpu" and len(x) <= 16:
@@ -54,7 +67,7 @@ def torch_path(
 ) -> torch.Tensor:  # fmt: skip
     out = torch.empty(x.shape[0], weight.shape[0], dtype=dtype, device=x.device)
     added = None if bias is None else bias.float()
-    rows = CHUNK if x.device.type == "cpu" else max(1, x.shape[0])
+    rows, weight = CHUNK if x.device.type == "cpu" else max(1, x.shape[0]), multiplicand(weight)
     for part, scale, into in zip(x.split(rows), x_scale.view(-1, 1).split(rows), out.split(rows)):
         scaled_product(part, scale, weight, w_scale, added, into)
     return out
@@ -63,7 +76,7 @@ def torch_path(
 def scaled_product(
     x: torch.Tensor, x_scale: torch.Tensor, weight: torch.Tensor, w_scale: torch.Tensor, bias: torch.Tensor | None, into: torch.Tensor
 ) -> None:
-    """torch_path of few rows, written into (m, n) of any floating dtype. x_scale (m, 1); bias float32."""
+    """torch_path of few rows, written into (m, n) of any floating dtype. weight: of `multiplicand`; x_scale (m, 1); bias float32."""
     wide = into if into.dtype == torch.float32 else torch.empty(into.shape, dtype=torch.float32, device=x.device)
     wide.copy_(_product(x, weight)).mul_(w_scale)  # a copy and a product, each of one dtype, are faster than a mixed product
     if bias is None:

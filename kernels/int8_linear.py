@@ -4,7 +4,8 @@
 
 Two forms. Whole: quantise_tokens and int8_gemm_scaled one after the other, on any device, on a CPU a few rows at a time; the weight's codes
 are all it keeps. Prepared, on a CPU: oneDNN does the product, the weight's scale and the change to floating point in one pass over codes
-laid out its way, a second copy; it takes unsigned activations, so that codes are moved up by its zero point of 128.
+laid out its way, a second copy; it takes unsigned activations, so that codes are moved up by its zero point of 128. On a processor without
+VNNI its sums would not be exact: there the prepared form is the whole one.
 
 Activations of fewer bits are the same product of smaller codes.
 """
@@ -15,7 +16,7 @@ from dataclasses import dataclass
 
 import torch
 
-from .int8_gemm import CHUNK, int8_gemm_scaled, scaled_product
+from .int8_gemm import CHUNK, CPU_MULTIPLIES_BYTES, int8_gemm_scaled, multiplicand, scaled_product
 from .quantise_tokens import NOTHING, Turn, quantise_tokens
 
 __all__ = ["Int8Weight", "int8_linear", "int8_linear_reference", "prepare_int8"]
@@ -33,7 +34,8 @@ class Int8Weight:
 
 
 def _onednn(device: torch.device) -> bool:
-    return device.type == "cpu" and torch.backends.mkldnn.is_available() and hasattr(torch.ops.onednn, "qlinear_pointwise")
+    there = torch.backends.mkldnn.is_available() and hasattr(torch.ops.onednn, "qlinear_pointwise")
+    return device.type == "cpu" and there and CPU_MULTIPLIES_BYTES
 
 
 def prepare_int8(codes: torch.Tensor, scale: torch.Tensor) -> Int8Weight:
@@ -67,8 +69,9 @@ def _int8_whole(x: torch.Tensor, weight: Int8Weight, bias: torch.Tensor | None, 
     if x.device.type != "cpu":
         return int8_gemm_scaled(*quantise_tokens(x, bits, turn), weight.codes, weight.scale, bias, x.dtype)
     out, added = torch.empty(len(x), len(weight.codes), dtype=x.dtype), None if bias is None else bias.float()
+    codes = multiplicand(weight.codes)
     for rows, into in zip(x.split(CHUNK), out.split(CHUNK)):  # tokens, codes and sums stay in the second-level cache from one to the next
-        scaled_product(*quantise_tokens(rows, bits, turn), weight.codes, weight.scale, added, into)
+        scaled_product(*quantise_tokens(rows, bits, turn), codes, weight.scale, added, into)
     return out
 
 

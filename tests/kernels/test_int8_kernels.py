@@ -7,6 +7,7 @@ import torch
 from rectiflow.accel.quant.rotation import block_hadamard, convrot
 from rectiflow.accel.quant.uniform import int8_rows, int_tokens
 from rectiflow.kernels import int8_gemm, quantise_tokens
+from rectiflow.kernels import int8_linear as int8_linear_module
 from rectiflow.kernels import tlq_decode as tlq
 from rectiflow.kernels.int8_gemm import int8_gemm_scaled
 from rectiflow.kernels.int8_linear import Int8Weight, int8_linear, prepare_int8
@@ -31,6 +32,20 @@ def test_sums_of_the_largest_codes_are_exact():
     x, weight = torch.full((2, 4096), 127, dtype=torch.int8), torch.full((3, 4096), -127, dtype=torch.int8)
     found = int8_gemm_scaled(x, torch.ones(2, 1), weight, torch.ones(3))
     assert torch.equal(found, torch.full((2, 3), -(127.0**2) * 4096))
+
+
+def test_processors_without_byte_products_get_the_same_numbers(monkeypatch):
+    """Sums below 2^24 are the same bits, larger ones to a float32's rounding; the prepared form takes no path whose sums end at 32767."""
+    for columns, tolerance in ((1040, 0.0), (4096, 1e-6)):
+        x, weight = torch.full((131, columns), 127, dtype=torch.int8), torch.full((3, columns), -127, dtype=torch.int8)
+        x[1::2] = torch.randint(-127, 128, (65, columns), generator=torch.Generator().manual_seed(0)).to(torch.int8)
+        found = []
+        for there in (False, True):
+            monkeypatch.setattr(int8_gemm, "CPU_MULTIPLIES_BYTES", there)
+            monkeypatch.setattr(int8_linear_module, "CPU_MULTIPLIES_BYTES", there)
+            found.append(int8_gemm_scaled(x, torch.ones(131, 1), weight, torch.ones(3)))
+            assert there or prepare_int8(weight, torch.ones(3)).packed is None
+        torch.testing.assert_close(found[0], found[1], atol=0, rtol=tolerance)
 
 
 @pytest.mark.parametrize("case", range(4))
