@@ -1,4 +1,5 @@
-"""How near few bits come: `python bench/quant.py [--part weights codes rotation model rows seeds lora flips train]`.
+"""How near few bits come: `python bench/quant.py [--part weights codes rotation model rows directions seeds lora flips
+train]`.
 
     quant_weights    SQNR in dB of weights by quantiser, at equal bits with every scale counted: a normal law, one with long tails, one with
                      one weight in a thousand ten times as large, and layers of the tiny model
@@ -7,6 +8,7 @@
     quant_model      the tiny model in few bits, to the nearest codes and compensated: velocity SQNR over a schedule, bytes, and the final
                      latent's distance
     quant_rows       the same at W4A8 by how many rows of the calibration the rounding knows
+    quant_directions the same by how many principal directions of each layer's input are beside the codes
     quant_layers     its layers at W8A8: errors of weight and output, share of the velocity's error, what is kept
     quant_seeds      twin-log against uniform at equal bytes, seed by seed, for several draws of the rotations' signs
     quant_flips      how far the final latent moves when the noise moves by its last bits
@@ -52,7 +54,7 @@ STEPS, CFG = 10, 3.0
 TAUGHT = ("twemoji apple on green", "noto koala on red", "twemoji house on yellow", "noto dog on white", "twemoji pizza on blue",
           "noto guitar on white", "noto ghost on black", "twemoji bus on yellow")  # fmt: skip
 TRAINED = (("4", "8"), ("3", "8"), ("2", "8"), ("3", "4"))
-PARTS = ("weights", "codes", "rotation", "model", "rows", "seeds", "lora", "flips", "train")
+PARTS = ("weights", "codes", "rotation", "model", "rows", "directions", "seeds", "lora", "flips", "train")
 PROBED = range(20, 24)  # seeds of the velocity's error
 TARGETS = (35.0, 36.0)  # dB of Keep Sensitive Layers
 LAST_BITS = 3e-7  # of a float32, as two hosts differ: a few last places
@@ -63,6 +65,11 @@ SETTINGS = (  # bits of weights and activations, method, group
 )  # fmt: skip
 ROUNDINGS = ("nearest", "compensated")
 ROWS = (0, 64, 256, 512, 1024, 2048)
+BESIDE = (  # bits of weights and activations, rounding, counts of directions
+    ("8", "8", "nearest", (0, 4, 8, 16, 32)), ("8", "8", "compensated", (0, 16)), ("4", "8", "nearest", (0, 16)),
+    ("4", "8", "compensated", (0, 16, 32)), ("3", "8", "compensated", (0, 16)), ("4", "4", "compensated", (0, 16, 32)),
+    ("3", "4", "compensated", (0, 16)),
+)  # fmt: skip
 QUANTIZE = {
     "group_size": "32", "method": "tlq", "rotation": "auto", "j_threshold": 1.0, "smooth_alpha": 0.5, "protect_down": False,
     "keep_below_db": 0.0, "include": "", "exclude": "", "lora": "before", "seed": 0, "rounding": "nearest",
@@ -217,12 +224,9 @@ def model_part(tiny: Tiny, seeds: int) -> None:
     exact, rows = tiny.latent(tiny.runs.model, seeds), [["fp32", "", "", "", "32.00", tiny.runs.model.model_size(), "", "", "0"]]
 
     def measured(name: str, model, method: str, group: str, rounding: str) -> None:
-        parts = quantised_parts(model).values()
-        stored, count = sum(part.nbytes for part in parts), sum(part.in_features * part.out_features for part in parts)
         errors = tiny.distances(model, exact)
         guided, single = (f"{tiny.velocity(model, cfg):.1f}" for cfg in (CFG, 1.0))
-        size, distance = f"{8 * stored / count:.2f}", f"{sum(errors) / seeds:.4f}"
-        rows.append([name, method, group, rounding, size, model.model_size(), guided, single, distance])
+        rows.append([name, method, group, rounding, _bits(model), model.model_size(), guided, single, f"{sum(errors) / seeds:.4f}"])
 
     for (weight_bits, act_bits, method, group), rounding in itertools.product(SETTINGS, ROUNDINGS):
         model, report = tiny.quantised(weight_bits, act_bits, method, group, rounding=rounding)
@@ -250,6 +254,24 @@ def rows_part(tiny: Tiny, seeds: int) -> None:
         rows.append([count, guided, single, f"{sum(tiny.distances(model, exact)) / seeds:.4f}"])
     header = ["rows", f"velocity_sqnr_db_cfg_{CFG:g}", "velocity_sqnr_db_cfg_1", f"latent_error_mean_of_{seeds}"]
     write_table("quant_rows", header, rows)
+
+
+def directions_part(tiny: Tiny, seeds: int) -> None:
+    exact, rows = tiny.latent(tiny.runs.model, seeds), []
+    for weight_bits, act_bits, rounding, counts in BESIDE:
+        for count in counts:
+            model, _ = tiny.quantised(weight_bits, act_bits, "tlq", "32", rounding=rounding, directions=count)
+            guided, single = (f"{tiny.velocity(model, cfg):.1f}" for cfg in (CFG, 1.0))
+            distance = f"{sum(tiny.distances(model, exact)) / seeds:.4f}"
+            rows.append([f"W{weight_bits}A{act_bits}", rounding, count, _bits(model), model.model_size(), guided, single, distance])
+    header = ["model", "rounding", "directions", "bits_per_weight", "bytes", f"velocity_sqnr_db_cfg_{CFG:g}", "velocity_sqnr_db_cfg_1"]
+    write_table("quant_directions", [*header, f"latent_error_mean_of_{seeds}"], rows)
+
+
+def _bits(model) -> str:
+    """A weight, scales and all that is beside the codes counted."""
+    parts = quantised_parts(model).values()
+    return f"{8 * sum(part.nbytes for part in parts) / sum(part.in_features * part.out_features for part in parts):.2f}"
 
 
 def _layers(report: str, shares: str) -> None:
@@ -375,7 +397,7 @@ def main() -> None:
         codes_part()
     if "rotation" in given.part:
         rotation_part()
-    if not {"model", "rows", "seeds", "lora", "flips", "train"} & set(given.part):
+    if not {"model", "rows", "directions", "seeds", "lora", "flips", "train"} & set(given.part):
         return
     host = make_host(Path(tempfile.mkdtemp()), settings=HostSettings(device="cpu", dtype="fp32"))
     with use_host(host), torch.inference_mode():
@@ -384,6 +406,8 @@ def main() -> None:
             model_part(tiny, given.seeds)
         if "rows" in given.part:
             rows_part(tiny, given.seeds)
+        if "directions" in given.part:
+            directions_part(tiny, given.seeds)
         if "seeds" in given.part:
             seeds_part(tiny, given.seeds, given.draws)
         if "flips" in given.part:

@@ -10,12 +10,23 @@ import time
 
 import torch
 from quant_formats import peers_installed
+from rectiflow.accel.quant.calibration import watching
+from rectiflow.accel.quant.recipe import QuantScheme, quantised_layer
 from rectiflow.accel.quant.rotation import convrot
 from rectiflow.accel.quant.uniform import int8_rows
 from rectiflow.kernels.int8_linear import Int8Weight, int8_linear, prepare_int8
 from table import write_table
 
-SIGMA, ROUNDS = 0.02, 25
+SIGMA, ROUNDS, DIRECTIONS = 0.02, 25, 16
+
+
+def with_directions(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor) -> torch.nn.Module:
+    """The layer with directions beside its codes, and no rotation."""
+    plain = torch.nn.Linear(*reversed(weight.shape)).requires_grad_(False)
+    with watching({"layer": plain}, len(x)) as stats:
+        plain(x)
+    scheme = QuantScheme(8, 8, rotation="none", smooth_alpha=0.0, directions=DIRECTIONS)
+    return quantised_layer(weight, bias, scheme, stats.layers["layer"])
 
 
 def compare(theirs) -> list[list]:
@@ -28,7 +39,7 @@ def compare(theirs) -> list[list]:
         codes, scale = int8_rows(w)
         whole, ready, row_scale = Int8Weight(codes, scale), prepare_int8(codes, scale), scale[:, None].contiguous()
         x_half, w_half, bias_half = x.bfloat16(), w.bfloat16(), bias.bfloat16()
-        turn = convrot(width).turn(None)
+        turn, beside = convrot(width).turn(None), with_directions(x, w, bias)
         cases = {
             "linear, fp32": lambda x=x, w=w, b=bias: torch.nn.functional.linear(x, w, b),
             "linear, bf16": lambda x=x_half, w=w_half, b=bias_half: torch.nn.functional.linear(x, w, b),
@@ -36,6 +47,8 @@ def compare(theirs) -> list[list]:
             "ours, bf16 tokens": lambda x=x_half, w=whole, b=bias_half: int8_linear(x, w, b),
             "ours prepared, fp32 tokens": lambda x=x, w=ready, b=bias: int8_linear(x, w, b),
             "ours with convrot, fp32 tokens": lambda x=x, w=whole, b=bias, t=turn: int8_linear(x, w, b, 8, t),
+            f"ours with {DIRECTIONS} directions, fp32 tokens": lambda x=x, layer=beside: layer(x),
+            f"ours with {DIRECTIONS} directions, bf16 tokens": lambda x=x_half, layer=beside: layer(x),
             "comfy-kitchen eager, fp32 tokens": lambda x=x, c=codes, s=row_scale, b=bias: theirs(x, c, s, b, torch.float32),
             "comfy-kitchen eager, bf16 tokens": lambda x=x_half, c=codes, s=row_scale, b=bias_half: theirs(x, c, s, b, torch.bfloat16),
             "comfy-kitchen eager with convrot, fp32 tokens":

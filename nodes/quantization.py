@@ -89,12 +89,15 @@ class RectiflowQuantize(Node):
             "rounding", ("auto", "compensated", "nearest"), "compensated: codes make up for each other's errors on the rows of stats; "
             "as many bytes, 2 dB nearer at 4 bits. auto: that, below 8 bits.", optional=True,
         ),
+        integer("directions", 0, 0, 256, "Principal directions of each layer's input that are not rounded, by rows of stats. 16 gain 2 dB "
+            "at 8 bits for 1 % of a large model's bytes.", optional=True,
+        ),
     )  # fmt: skip
     OUTPUTS = (_MODEL, _REPORT)
 
     def run(
         self, model, weight_bits, act_bits, group_size, method, rotation, j_threshold, smooth_alpha, protect_down, keep_below_db, include,
-        exclude, lora, seed, stats=None, mode="packed", rounding="auto",
+        exclude, lora, seed, stats=None, mode="packed", rounding="auto", directions=0,
     ):  # fmt: skip
         from ..accel.compressed.writing import changed_weight
         from ..accel.modules import NETWORK, own_weight
@@ -105,7 +108,7 @@ class RectiflowQuantize(Node):
 
         scheme = QuantScheme(
             int(weight_bits), int(act_bits), int(group_size), method, rotation, j_threshold, smooth_alpha, protect_down, keep_below_db,
-            "requant" if lora == "requant" else "bypass", seed, mode == "simulate", rounding,
+            "requant" if lora == "requant" else "bypass", seed, mode == "simulate", rounding, directions,
         )  # fmt: skip
         layers = chosen_layers(model, include, exclude, self.TITLE)
         bar = ProgressBar(len(layers))

@@ -38,6 +38,7 @@ def describe(loaded: Loaded) -> str:
         full = manifest.width.get(name)
         size = f"{form.rows}×{form.columns}" + (f" of {full['rows']}×{full['columns']}" if full else "")
         rotation = form.rotation + (" + smooth" if form.smooth else "")
+        rotation += f", {form.directions} directions beside" if form.directions else ""
         lora = form.lora + (" (one is beside the codes)" if form.beside else "")
         bits = loaded.layers[name].bits_per_weight
         lines.append(f"| {name} | {size} | W{form.bits}A{form.act_bits} {form.layout}{group} | {rotation} | {bits:.2f} | {lora} |")

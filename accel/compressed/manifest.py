@@ -26,6 +26,7 @@ from typing import Any
 
 import torch
 
+from ..quant.directions import MOST
 from ..quant.linear import LORA_POLICIES
 from ..quant.rotation import KINDS
 from ..quant.stored import LAYOUTS
@@ -44,6 +45,7 @@ LARGEST = 1 << 24  # channels
 NARROWEST = 64  # a stored side is at least this share of the full one: the network is built at full size before it is narrowed
 DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
 OPTIONAL = ("low_rank", "maps")  # fields that are left out where they are empty
+DIRECTIONS = "directions"  # of a layer, likewise
 HASH = re.compile(r"[0-9a-f]{16}")
 
 
@@ -69,7 +71,8 @@ def dtype_name(dtype: torch.dtype) -> str:
 
 @dataclass(frozen=True)
 class LayerFormat:
-    """One quantised layer: rows × columns, and how its tensors are read. beside: rank of what bypasses the codes; −1 for a full matrix."""
+    """One quantised layer: rows × columns, and how its tensors are read. beside: rank of what bypasses the codes; −1 for a full matrix.
+    directions: of its input that are not rounded; left out of the manifest where there are none."""
 
     layout: str
     bits: int
@@ -81,6 +84,7 @@ class LayerFormat:
     smooth: bool
     lora: str
     beside: int = 0
+    directions: int = 0
 
     def check(self, name: str) -> None:
         """Raises: ManifestError."""
@@ -90,10 +94,12 @@ class LayerFormat:
             value = getattr(self, field_name)
             if isinstance(value, bool) or value not in allowed:
                 raise ManifestError(f"layer {name[:100]}: {field_name} is {str(value)[:50]!r}; known are {', '.join(map(str, allowed))}")
-        for field_name, low in (("rows", 1), ("columns", 1), ("group", 0), ("beside", -1)):
+        for field_name, low in (("rows", 1), ("columns", 1), ("group", 0), ("beside", -1), ("directions", 0)):
             _whole(getattr(self, field_name), low, LARGEST, f"layer {name[:100]}: {field_name}")
         if type(self.smooth) is not bool:
             raise ManifestError(f"layer {name[:100]}: smooth is neither true nor false")
+        if self.directions > min(self.rows, self.columns, MOST):
+            raise ManifestError(f"layer {name[:100]}: {self.directions} directions of {self.columns} columns and {self.rows} rows")
         grouped = self.layout == "groups"
         if (self.layout == "int8") != (self.bits == 8) or grouped != bool(self.group) or (grouped and self.columns % self.group):
             raise ManifestError(f"layer {name[:100]}: {self.layout} with {self.bits} bits, group {self.group} and {self.columns} columns")
@@ -152,6 +158,9 @@ class Manifest:
     def text(self) -> str:
         """JSON with sorted keys: equal manifests are equal texts."""
         said = {name: value for name, value in asdict(self).items() if value or name not in OPTIONAL}
+        said["quant"] = {
+            layer: {name: value for name, value in fields.items() if value or name != DIRECTIONS} for layer, fields in said["quant"].items()
+        }
         return json.dumps({"format": FORMAT, "version": VERSION, **said}, sort_keys=True, separators=(",", ":"))
 
     def tensor(self) -> torch.Tensor:
@@ -204,8 +213,8 @@ class Manifest:
 
 def _layer(name: str, fields: Any) -> LayerFormat:
     known = set(LayerFormat.__dataclass_fields__)
-    if not isinstance(fields, Mapping) or set(fields) != known:
-        raise ManifestError(f"layer {name[:100]} must have exactly the fields {', '.join(sorted(known))}")
+    if not isinstance(fields, Mapping) or set(fields) | {DIRECTIONS} != known:
+        raise ManifestError(f"layer {name[:100]} must have exactly the fields {', '.join(sorted(known - {DIRECTIONS}))}, or {DIRECTIONS} too")
     layer = LayerFormat(**fields)
     layer.check(name)
     return layer

@@ -15,6 +15,7 @@ from ...errors import input_error
 from ..modules import NETWORK
 from ..prune.low_rank import LowRankLinear, SharedMatrix
 from ..prune.plan import PrunePlan, plan_from_json
+from ..quant.directions import DTYPE, Directions
 from ..quant.linear import QuantLinear
 from ..quant.rotation import BLOCK, CONVROT, Rotation, constant_rotation
 from ..quant.stored import StoredWeight, expected_tensors
@@ -90,7 +91,8 @@ class _Parts:
         if stored.book is not None and not bool((stored.book.diff(dim=-1) >= 0).all()):
             raise ManifestError(f"layer {name[:100]}: tlq_codebook does not rise")
         rotation = self.rotation(name, form.rotation, form.columns)
-        return QuantLinear(stored, bias, form.act_bits, rotation, smooth, form.lora, self.beside(name, form))
+        beside, directions = self.beside(name, form), self.directions(name, form)
+        return QuantLinear(stored, bias, form.act_bits, rotation, smooth, form.lora, beside, directions=directions)
 
     def low_rank(self, manifest: Manifest) -> dict[str, LowRankLinear]:
         """The factored layers, one object for the matrix of each group."""
@@ -117,6 +119,12 @@ class _Parts:
             return torch.empty(0, form.columns), self.take(name, "lora_up", torch.float32, (form.rows, form.columns))
         down = self.take(name, "lora_down", torch.float32, (form.beside, form.columns))
         return down, self.take(name, "lora_up", torch.float32, (form.rows, form.beside))
+
+    def directions(self, name: str, form: LayerFormat) -> Directions | None:
+        if not form.directions:
+            return None
+        down = self.take(name, "directions_down", DTYPE, (form.directions, form.columns))
+        return Directions(down, self.take(name, "directions_residual", DTYPE, (form.rows, form.directions)))
 
 
 def read_model(path: Path, where: str) -> Loaded:

@@ -107,8 +107,8 @@ def _check_form(model: Any, form: str, manifest: Manifest, where: str) -> None:
     foreign = [name for name, found in manifest.quant.items() if not _core_can_say(found)]
     if form == "core_int8" and (foreign or not manifest.quant):
         got = f"core_int8 with {len(foreign)} other layers: {foreign[0]}, …" if foreign else "core_int8 of a model without quantised layers"
-        allowed = "W8A8 layers with rotation none or convrot, without smoothing and without a LoRA beside the codes"
-        remedy = "Choose rectiflow, or quantise with 8 bits, rotation convrot, smooth_alpha 0 and lora before."
+        allowed = "W8A8 layers with rotation none or convrot, without smoothing, directions or a LoRA beside the codes"
+        remedy = "Choose rectiflow, or quantise with 8 bits, rotation convrot, smooth_alpha 0, directions 0 and lora before."
         raise input_error(where, "format", got, allowed, remedy)
     if manifest.maps:
         remedy = "Choose rectiflow: other loaders look for the MLPs."
@@ -177,7 +177,8 @@ def _narrowed(model: Any, modules: Mapping[str, nn.Module]) -> tuple[dict[str, d
 
 
 def _core_can_say(form: LayerFormat) -> bool:
-    return form.layout == "int8" and form.act_bits == 8 and form.rotation in ("none", "convrot") and not form.smooth and not form.beside
+    plain = not (form.smooth or form.beside or form.directions)
+    return form.layout == "int8" and form.act_bits == 8 and form.rotation in ("none", "convrot") and plain
 
 
 def _stored_layer(model: Any, name: str, layer: QuantLinear, changed: Changed) -> tuple[LayerFormat, dict[str, torch.Tensor]]:
@@ -191,13 +192,15 @@ def _stored_layer(model: Any, name: str, layer: QuantLinear, changed: Changed) -
     if layer.rotation.kind == "dual":
         (_, first, _), (order, second, _) = layer.rotation.blocks
         parts |= {"rotation_first": first, "rotation_order": order.to(torch.int32), "rotation_second": second}
-    beside = 0
+    directions, beside = layer.directions, 0
+    if directions is not None:
+        parts |= {"directions_down": directions.down, "directions_residual": directions.residual}
     if added is not None:
         beside = len(added[0]) or -1
         parts |= {"lora_up": added[1].contiguous(), **({"lora_down": added[0].contiguous()} if len(added[0]) else {})}
     form = LayerFormat(
         layer.layout, layer.bits, layer.act_bits, layer.group, layer.out_features, layer.in_features, layer.rotation.kind,
-        layer.smooth is not None, layer.lora, beside,
+        layer.smooth is not None, layer.lora, beside, 0 if directions is None else len(directions.down),
     )  # fmt: skip
     if _core_can_say(form):
         parts["comfy_quant"] = core_marker(layer.rotation.kind)
@@ -212,7 +215,7 @@ def _patched(model: Any, name: str, layer: QuantLinear, changed: Changed) -> tup
     base = layer.numbers(layer.stored.with_codes(codes))
     patched = layer.narrowed(changed(key, layer.widened(base)))
     if layer.lora == "requant":
-        return layer.stored.with_codes(codes).requantised(layer.into_basis(patched)), layer.added
+        return layer.requantised(patched, layer.stored.with_codes(codes)), layer.added
     added = factors(patched - base, float(base.norm()))
     if layer.added is not None:
         added = factors(product(*added) + product(*layer.added), float(base.norm()))

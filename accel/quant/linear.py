@@ -6,6 +6,7 @@ m smooths (1 where there is none), R is orthogonal. Activations are quantised a 
 8-bit integers; 16 bits leave them as they are and the product in floating point. Where a gradient is asked of it, or it is told to
 simulate, the integers' numbers are multiplied in floating point, and the gradient passes the rounding of x as if it were not there
 (straight through, Bengio et al., arXiv 1308.3432): what trains on such a model learns beside the errors that the integers will make.
+A few directions of x may go beside the codes, unrounded (directions.py).
 
 What a patcher does with a layer, and what this one answers:
 - it copies options deeply: a copy of this layer is the layer itself;
@@ -29,6 +30,7 @@ from torch import nn
 from ...kernels.int8_linear import Int8Weight, int8_linear
 from ...kernels.quantise_tokens import NOTHING, quantise_tokens
 from ..prune.compact import LayerCut, narrowed, spread
+from .directions import Directions
 from .rotation import Rotation
 from .stored import StoredWeight
 
@@ -64,6 +66,14 @@ def product(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
     return b.float() @ a.float() if len(a) else b.float()
 
 
+def _with_product(out: torch.Tensor, x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+    """out (…, n) + x (…, r)·weightᵀ, in place where no gradient asks for both."""
+    rows, factor = out.view(-1, len(weight)), x.reshape(-1, x.shape[-1])
+    if torch.is_grad_enabled() and (out.requires_grad or x.requires_grad):
+        return torch.addmm(rows, factor, weight.t()).view_as(out)
+    return rows.addmm_(factor, weight.t()).view_as(out)
+
+
 class QuantLinear(nn.Module):
     """Made by `recipe.quantised_layer`, or by a file.
 
@@ -71,13 +81,14 @@ class QuantLinear(nn.Module):
         stored: codes of W·diag(1/m)·R.
         bias: (n,) or None. act_bits: 2 to 8, or 16. smooth: m (k,) float32 or None. lora: one of LORA_POLICIES.
         added: factors (a, b) as `factors` gives them, of what bypasses the codes for good: a file's LoRA. simulate: see above.
+        directions: of x that are not rounded, or None.
     """
 
     comfy_cast_weights = True
 
     def __init__(
         self, stored: StoredWeight, bias: torch.Tensor | None, act_bits: int, rotation: Rotation, smooth: torch.Tensor | None, lora: str,
-        added: tuple[torch.Tensor, torch.Tensor] | None = None, simulate: bool = False,
+        added: tuple[torch.Tensor, torch.Tensor] | None = None, simulate: bool = False, directions: Directions | None = None,
     ):  # fmt: skip
         super().__init__()
         self.in_features, self.out_features = stored.columns, stored.codes.shape[0]
@@ -91,12 +102,15 @@ class QuantLinear(nn.Module):
         self.register_buffer("smooth", smooth)
         self.register_buffer("lora_down", None if added is None else added[0])
         self.register_buffer("lora_up", None if added is None else added[1])
+        self.register_buffer("directions_down", None if directions is None else directions.down)
+        self.register_buffer("directions_residual", None if directions is None else directions.residual)
         self.rotation = rotation
         self.cut: LayerCut | None = None
         self.full = (self.out_features, self.in_features)
         self.weight_function: list = []
         self.bias_function: list = []
         self._added: tuple[nn.Parameter, torch.Tensor, torch.Tensor] | None = None
+        self._along: tuple[nn.Parameter, int, torch.Tensor] | None = None  # P of `directions`, of the codes it was made of
         self._handing_out = False
 
     def __deepcopy__(self, memo: dict) -> QuantLinear:
@@ -128,7 +142,8 @@ class QuantLinear(nn.Module):
     @property
     def nbytes(self) -> int:
         """Of everything but the bias; the rotation's fixed matrices are no part of the model."""
-        return self.stored.nbytes + self.held_bytes + sum(t.nbytes for t in (self.smooth, *(self.added or ())) if t is not None)
+        beside = (self.smooth, self.directions_down, self.directions_residual, *(self.added or ()))
+        return self.stored.nbytes + self.held_bytes + sum(tensor.nbytes for tensor in beside if tensor is not None)
 
     @property
     def held_bytes(self) -> int:
@@ -139,6 +154,10 @@ class QuantLinear(nn.Module):
     def added(self) -> tuple[torch.Tensor, torch.Tensor] | None:
         """Factors of what bypasses the codes for good."""
         return None if self.lora_up is None else (self.lora_down, self.lora_up)
+
+    @property
+    def directions(self) -> Directions | None:
+        return None if self.directions_down is None else Directions(self.directions_down, self.directions_residual)
 
     @property
     def bits_per_weight(self) -> float:
@@ -163,9 +182,14 @@ class QuantLinear(nn.Module):
     def with_activations(self, act_bits: int, codes: torch.Tensor, bias: torch.Tensor | None) -> QuantLinear:
         """This layer with activations of other bits: it shares every tensor but the codes and bias given, (n, bytes) and (n,)."""
         stored = self.stored.with_codes(codes)
-        made = QuantLinear(stored, bias, act_bits, self.rotation, self.smooth, self.lora, self.added, self.simulate)
+        made = QuantLinear(stored, bias, act_bits, self.rotation, self.smooth, self.lora, self.added, self.simulate, self.directions)
         made.cut, made.full = self.cut, self.full
         return made
+
+    def with_directions(self, directions: Directions) -> QuantLinear:
+        """This layer with directions of x beside its codes; it shares every tensor."""
+        bias = None if self.bias is None else self.bias.data
+        return QuantLinear(self.stored, bias, self.act_bits, self.rotation, self.smooth, self.lora, self.added, self.simulate, directions)
 
     # The basis of the codes and that of training
 
@@ -175,7 +199,14 @@ class QuantLinear(nn.Module):
     def numbers(self, stored: StoredWeight | None = None) -> torch.Tensor:
         """The weight (n, k) float32 that the layer stands for, without what bypasses it."""
         weight = self.rotation.undo((stored or self.stored).numbers())
-        return weight if self.smooth is None else weight * self.smooth
+        weight = weight if self.smooth is None else weight * self.smooth
+        return weight if self.directions_down is None else weight + self.directions_residual.float() @ self._reading(torch.float32)
+
+    def requantised(self, weight: torch.Tensor, stored: StoredWeight | None = None) -> torch.Tensor:
+        """Codes of another weight (n, k) on the same grids."""
+        if self.directions_down is not None:  # what is beside the codes stays there
+            weight = weight - self.directions_residual.float() @ self._reading(torch.float32)
+        return (stored or self.stored).requantised(self.into_basis(weight))
 
     # What a patcher calls
 
@@ -199,11 +230,12 @@ class QuantLinear(nn.Module):
             self.weight = nn.Parameter(self.weight.data, requires_grad=False)
             self._added = (self.weight, a.to(base.device), b.to(base.device))
             return None
-        codes = self.stored.requantised(self.into_basis(weight.float()))
+        codes = self.requantised(weight.float())
         if return_weight:
             return codes
         if inplace_update:
             self.weight.data.copy_(codes)
+            self._along = None
         else:
             self.weight = nn.Parameter(codes, requires_grad=False)
         return None
@@ -213,20 +245,51 @@ class QuantLinear(nn.Module):
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         if self.weight_function:
             return self._product_of_functions(x)
-        bias = self._bias(x)
         if self.act_bits == FULL:
-            out = F.linear(self.turned(x), self.stored.numbers().to(x.dtype), bias)
-        elif self._simulates(x):
-            codes, scale = self.stored.as_int8()
-            out = F.linear(self._rounded(x), (codes.float() * scale[:, None]).to(x.dtype), bias)
+            out = F.linear(self.turned(x), self.stored.numbers().to(x.dtype), self._bias(x))
+            if self.directions_down is not None:
+                out = _with_product(out, F.linear(x, self._reading(x.dtype)), self.directions_residual.to(x.dtype))
         else:
-            turn = self.rotation.turn(self.smooth)  # the codes' own pass over x turns it, where it can
-            given, turn = (self.turned(x), NOTHING) if turn is None else (x, turn)
-            out = int8_linear(given, Int8Weight(*self.stored.as_int8()), bias, self.act_bits, turn)
+            left, along = self._parted(x)
+            bias = self._bias(left)
+            if self._simulates(x):
+                codes, scale = self.stored.as_int8()
+                out = F.linear(self._rounded(left), (codes.float() * scale[:, None]).to(left.dtype), bias)
+            else:
+                turn = self.rotation.turn(self.smooth)  # the codes' own pass over x turns it, where it can
+                given, turn = (self.turned(left), NOTHING) if turn is None else (left, turn)
+                out = int8_linear(given, Int8Weight(*self.stored.as_int8()), bias, self.act_bits, turn)
+            if along is not None:
+                out = _with_product(out, along, self._writing(along.dtype)).to(x.dtype)
         for a, b in self._beside():
             a, b = a.to(x), b.to(x)
             out = out + (F.linear(F.linear(x, a), b) if len(a) else F.linear(x, b))
         return out
+
+    def _reading(self, dtype: torch.dtype) -> torch.Tensor:
+        """(r, k): x times its transpose is z."""
+        down = self.directions_down.float()
+        return (down if self.smooth is None else down * self.smooth.square()).to(dtype)
+
+    def _writing(self, dtype: torch.dtype) -> torch.Tensor:
+        """P (n, r), kept for the codes it was made of."""
+        kept = self._along
+        if kept is None or kept[0] is not self.weight or kept[1] != self.weight.data_ptr() or kept[2].dtype != dtype:
+            with torch.inference_mode(False), torch.no_grad():  # kept beyond a run: training may save it for its backward pass
+                made = self.stored.numbers() @ self.turned(self.directions_down.float()).T + self.directions_residual.float()
+                self._along = kept = (self.weight, self.weight.data_ptr(), made.to(dtype))
+        return kept[2]
+
+    def _parted(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """(what of x is rounded, its lengths z (…, r) along the directions that are not), on a CPU in float32."""
+        if self.directions_down is None:
+            return x, None
+        if x.device.type == "cpu":
+            x = x.float()  # few channels: dearer in bf16 where the processor emulates it than the change of dtype
+        along = F.linear(x, self._reading(x.dtype))
+        down = self.directions_down.to(x.dtype)
+        left = torch.addmm(x.reshape(-1, x.shape[-1]), along.reshape(-1, len(down)), down, alpha=-1)
+        return left.view_as(x), along
 
     def _simulates(self, *tensors: torch.Tensor) -> bool:
         return self.simulate or torch.is_grad_enabled() and any(tensor.requires_grad for tensor in tensors)
@@ -263,8 +326,10 @@ class QuantLinear(nn.Module):
             for function in self.weight_function:
                 weight = function(weight)
             if self.act_bits != FULL and self._simulates(x, weight):
-                given = self.rotation.undo(self._rounded(x))
-                x = given if self.smooth is None else given / self.smooth.to(x.dtype)
+                left, along = self._parted(x)
+                given = self.rotation.undo(self._rounded(left))
+                given = given if self.smooth is None else given / self.smooth.to(x.dtype)
+                x = given if along is None else given + along @ self.directions_down.to(x.dtype)
             return F.linear(x, self.narrowed(weight), self._bias(x))
         finally:
             self._handing_out = False

@@ -21,6 +21,7 @@ from torch import nn
 from ...errors import input_error
 from .calibration import LayerInputs, QuantStats
 from .compensated import compensated
+from .directions import DTYPE, MOST, Directions, principal_directions
 from .error import sqnr
 from .linear import LORA_POLICIES, QuantLinear
 from .rotation import CONVROT, Rotation, block_hadamard, convrot, dual_rotation, hadamard, no_rotation
@@ -43,7 +44,8 @@ DOWN = re.compile(r"(?:mlp\.2|ff(?:_context)?\.net\.2|ffn\.2|feed_forward\.w2|ml
 
 @dataclass(frozen=True)
 class QuantScheme:
-    """weight_bits 2, 3, 4, 6 or 8; act_bits 4, 6, 8, or 16 to leave activations; group 0 for a grid a row; simulate: see linear.py."""
+    """weight_bits 2, 3, 4, 6 or 8; act_bits 4, 6, 8, or 16 to leave activations; group 0 for a grid a row; simulate: see linear.py;
+    directions: of each layer's input that are not rounded, where a calibration has rows to tell them."""
 
     weight_bits: int = 4
     act_bits: int = 8
@@ -58,6 +60,7 @@ class QuantScheme:
     seed: int = 0
     simulate: bool = False
     rounding: str = "auto"
+    directions: int = 0
 
     @property
     def compensates(self) -> bool:
@@ -65,7 +68,7 @@ class QuantScheme:
 
     def line(self) -> str:
         group = "" if self.weight_bits == 8 else f" group {self.group}" if self.group else " rows"
-        how = ", simulated" * self.simulate
+        how = (f", {self.directions} directions beside" if self.directions else "") + ", simulated" * self.simulate
         return f"W{self.weight_bits}A{self.act_bits} {self.method}{group}, rotation {self.rotation}, LoRA {self.lora}{how}"
 
     def check(self, where: str) -> None:
@@ -78,6 +81,8 @@ class QuantScheme:
             value = self.group if name == "group_size" else getattr(self, name)
             if value not in values:
                 raise input_error(where, name, value, ", ".join(map(str, values)), "Choose one of these.")
+        if not 0 <= self.directions <= MOST:
+            raise input_error(where, "directions", self.directions, f"0 to {MOST}", "16 are enough where inputs move along few.")
 
 
 @dataclass(frozen=True)
@@ -174,10 +179,24 @@ def quantised_layer(
         exact = rows @ part.t()
         best = max(ways, key=lambda way: _output_db(exact, made(*way, part, None, rounds=1), rows))
     layer = made(*best, weight, bias)
-    if has_rows(scheme, inputs):
-        rows = layer.turned(inputs.spread_rows.to(weight.device).float())
+    return layer if inputs is None or inputs.spread_rows is None else _fitted(layer, weight, scheme, inputs.spread_rows)
+
+
+def _fitted(layer: QuantLinear, weight: torch.Tensor, scheme: QuantScheme, rows: torch.Tensor) -> QuantLinear:
+    """The layer with what the scheme asks for and rows (r, k) of a calibration tell: directions beside the codes, codes that make up for
+    each other's errors on what is left."""
+    rows, down = layer.turned(rows.to(weight.device).float()), None
+    if scheme.directions:
+        down = principal_directions(rows, min(scheme.directions, min(weight.shape) // 2), layer.rotation, layer.smooth)
+    if down is not None:
+        across = layer.turned(down.float())
+        rows = rows - rows @ across.T @ across
+    if scheme.compensates:
         layer.weight.data.copy_(compensated(layer.stored, layer.into_basis(weight), rows))
-    return layer
+    if down is None:
+        return layer
+    residual = ((layer.into_basis(weight) - layer.stored.numbers()) @ across.T).to(DTYPE)
+    return layer.with_directions(Directions(down, residual))
 
 
 def has_rows(scheme: QuantScheme, inputs: LayerInputs | None) -> bool:
