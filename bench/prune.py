@@ -5,7 +5,8 @@
 
     prune_selections   three of the tiny model's nine blocks left out by each method, then equal recovery (Recover Pruned, all weights that
                        are left, equal steps, batch and rate). "PPCL runs" by CKA, left out as the others are; "PPCL, fitted students" by
-                       what the model's answer loses with a fitted student in the place of each run, which then learns with the rest
+                       what answers and final latents lose with a fitted student in the place of each run, which then learns with the
+                       rest. TinyFusion leaves out as many of each eight blocks as outcome does
     prune_students     students of the same two choices of runs, which alone learn, after as many steps and after twice as many: one of
                        these steps costs half of the others. PPCL's begin as copies, ours fitted
     prune_runs         PPCL's students alone: one run or three, the alternating stage alone or half of the steps on their own states
@@ -39,21 +40,21 @@ from rectiflow.tests.contract.tiny_runs import TinyRuns
 from rectiflow.train.distill_runs import RunSettings, distill_runs
 from rectiflow.train.learn_depth import DepthSettings, learn_depth
 from rectiflow.train.pool import Calibration, PoolData, inside, points, sample_pool, velocities
-from rectiflow.train.prune_scores import VELOCITY, RunSearch, ScoreRequest, find_runs, score_blocks
+from rectiflow.train.prune_scores import OUTCOME, RunSearch, ScoreRequest, find_runs, score_blocks
 from rectiflow.train.recovery import RecoverSettings, recover
 from table import write_table
 
 SHARE, PROTECT, WHERE = 1 / 3, "0, -1", "bench"
 BATCH, LR, LR_STUDENTS = 4, 3e-4, 1e-3  # of 3e-4 and 1e-3 the better one for each after 40 steps
-SCORES = ("random", "ends", "magnitude", "similarity", "sensitivity")
+SCORES = ("random", "ends", "magnitude", "similarity", "sensitivity", "outcome")
 FITTED = "PPCL, fitted students"
-SEARCHES = {"PPCL": RunSearch(SHARE), FITTED: RunSearch(SHARE, merge=VELOCITY)}
+SEARCHES = {"PPCL": RunSearch(SHARE), FITTED: RunSearch(SHARE, merge=OUTCOME)}
 
 
 class Bench:
     """A whole MODEL, the tiny one unless told, and what every pruned one is compared with.
 
-    uniform: groups of single blocks that leave out a third of all blocks, as TinyFusion is published, beside those that similarity gives.
+    uniform: groups of single blocks that leave out a third of all blocks, as TinyFusion is published, beside those that outcome gives.
     methods: those to compare; none for all.
     """
 
@@ -107,9 +108,9 @@ class Bench:
         for method in SCORES:
             request = ScoreRequest(method, SHARE, at=16)
             timed(method, lambda request=request: score_blocks(self.model, request, self.seeded(seed), host_services().guider, WHERE).plan)
-        if "similarity" not in found:  # TinyFusion's groups follow it
+        if "outcome" not in found:  # TinyFusion's groups follow it
             return found
-        gone = found["similarity"][0].removed(self.stack)
+        gone = found["outcome"][0].removed(self.stack)
         patterns = patterns_like(gone, self.stack, protected(PROTECT, self.stack, WHERE))
         timed("TinyFusion", lambda: self.learned(seed, search, patterns["double"], patterns["single"]).plan)
         if self.uniform:
@@ -254,7 +255,7 @@ def main() -> None:
     parser.add_argument("--search", type=int, default=80)
     parser.add_argument("--rounds", type=int, default=7)
     parser.add_argument("--deep", type=Path, help="prune_deep and its students alone, on this file of bench/deep_flow.py")
-    parser.add_argument("--methods", nargs="+", default=(), help="of --deep, similarity among them: these alone, in prune_deep_<steps>")
+    parser.add_argument("--methods", nargs="+", default=(), help="of --deep, outcome among them: these alone, in prune_deep_<steps>")
     parser.add_argument("--students", action="store_true", help="prune_students alone")
     given = parser.parse_args()
     torch.set_num_threads(1)

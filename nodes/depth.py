@@ -103,8 +103,9 @@ class RectiflowLayerProbe(Node):
         seed_input("Of the samples."),
         *CALIBRATION,
         integer("points", 16, 1, 1024, "Places of the flow where the model is asked.", optional=True, advanced=True),
-        choice("judge", ("students", "cka"), "students: also what the model's answer loses with a fitted block in the place of each run; "
-            "best, and a minute or more. cka: maps and their tokens alone.", optional=True,
+        choice("judge", ("students", "cka", "outcome"), "students: also what the model's answer loses with a fitted block in the place of "
+            "each run; a minute or more. cka: maps and their tokens alone. outcome: what whole runs' pictures lose too; the dearest.",
+            optional=True,
         ),
     )  # fmt: skip
     OUTPUTS = (
@@ -156,8 +157,8 @@ class RectiflowFindRedundantRuns(Node):
         number("largest_loss", 0.1, 0.0, 1.0, "Trend rule: 1 - CKA that a run may reach.", step=0.01),
         number("tie", 0.001, 0.0, 1.0, "Trend rule: a further block that costs less than this is free.", step=0.001),
         PROTECT,
-        choice("merge_streams", ("min", "image", "mean", "velocity"), "What a run costs: of several streams the worst CKA, the image's, or "
-            "the mean; or what the model's answer loses, nearest.", default="velocity",
+        choice("merge_streams", ("min", "image", "mean", "velocity", "outcome"), "What a run costs: of several streams the worst CKA, the "
+            "image's, or the mean; or what the model's answer loses, nearest; or that and what final latents lose.", default="velocity",
         ),
     )  # fmt: skip
     OUTPUTS = (PLAN, REPORT)

@@ -52,9 +52,10 @@ class RectiflowPruneScore(Node):
     SEARCH_ALIASES = ["block importance", "shortgpt", "depth pruning", "layer sensitivity", "smaller model"]
     INPUTS = (
         MODEL, POSITIVE, LATENT,
-        choice("method", ("sensitivity", "similarity", "magnitude", "probe", "even", "ends", "random"),
+        choice("method", ("sensitivity", "similarity", "magnitude", "probe", "even", "ends", "random", "outcome"),
             "sensitivity: error of the answer without the block. similarity: how little it turns its tokens. magnitude: size of its "
-            "weights. probe: what a linear map does not say about it. even, ends, random: patterns to compare with.",
+            "weights. probe: what a linear map does not say about it. even, ends, random: patterns to compare with. outcome: error of the "
+            "answer and of whole runs' pictures; the dearest.",
         ),
         REMOVE, PROTECT,
         seed_input("Of the samples, and of random."),
@@ -70,12 +71,17 @@ class RectiflowPruneScore(Node):
         from ..accel.prune.apply import stack_under
         from ..accel.prune.depth_masks import patterns_like
         from ..accel.prune.select import protected
-        from ..host import CFGGuider
+        from ..host import CFGGuider, ProgressBar, throw_if_interrupted
         from ..train.prune_scores import ScoreRequest, score_blocks
 
-        request = ScoreRequest(method, remove, protect, points)
-        scored = score_blocks(model, request, calibration(model, positive, latent, seed=seed, **shown), CFGGuider, self.TITLE)
-        stack = stack_under(model, self.TITLE)
+        request, stack = ScoreRequest(method, remove, protect, points), stack_under(model, self.TITLE)
+        bar = ProgressBar(len(stack.blocks) * (2 if method == "outcome" else 1))
+
+        def step() -> None:
+            bar.update(1)
+            throw_if_interrupted()
+
+        scored = score_blocks(model, request, calibration(model, positive, latent, seed=seed, **shown), CFGGuider, self.TITLE, step)
         patterns = patterns_like(scored.plan.removed(stack), stack, protected(protect, stack, self.TITLE))
         plot = drawn(model, scored, f"{method} of each block", self.TITLE)
         return (scored.plan.to_json(), scored.report, plot, *(patterns.get(kind, "") for kind in ("double", "single")))

@@ -22,7 +22,9 @@ from .draws import Draws, seeded
 from .host_model import train_inside, trainable_weights
 from .loop import Batch
 
-__all__ = ["HELD_OUT", "Calibration", "PoolData", "Switched", "checked_pool", "inside", "parted", "points", "sample_pool", "velocities"]
+__all__ = [
+    "CALL", "HELD_OUT", "Calibration", "PoolData", "Switched", "checked_pool", "inside", "parted", "points", "sample_pool", "velocities",
+]  # fmt: skip
 
 CALL = 8  # rows a model call has at most
 HELD_OUT = 4  # of so many prompts, or points, one

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 
 from ..accel.prune.apply import plan_of, stack_under
-from ..accel.prune.fitted_students import student_table
+from ..accel.prune.fitted_students import OUTCOME, VELOCITY, student_tables
 from ..accel.prune.gates import gate_blocks
 from ..accel.prune.identity import model_hash
 from ..accel.prune.plan import PrunePlan
@@ -19,16 +19,16 @@ from ..accel.prune.scores import Dispatcher, magnitude, relative_error, sensitiv
 from ..accel.prune.select import PATTERNS, how_many, least_important, pattern, plan_without, protected
 from ..errors import input_error
 from ..families.stack import Stack
-from .pool import HELD_OUT, Calibration, PoolData, checked_pool, inside, parted, points, sample_pool, velocities
+from .pool import CALL, HELD_OUT, Calibration, PoolData, checked_pool, inside, parted, points, sample_pool, velocities
 
 __all__ = [
-    "JUDGES", "VELOCITY", "LayerStats", "RunSearch", "ScoreRequest", "Scored", "find_runs", "on_samples", "probe_layers", "runs_from",
-    "score_blocks",
+    "JUDGES", "OUTCOME", "VELOCITY", "Asked", "LayerStats", "RunSearch", "ScoreRequest", "Scored", "find_runs", "on_samples",
+    "probe_layers", "runs_from", "score_blocks",
 ]  # fmt: skip
 
 
-JUDGES = ("students", "cka")
-VELOCITY = "velocity"  # among a LayerStats' tables: what the model's answer loses with students in the place of runs
+JUDGES = ("students", "cka", "outcome")
+BY_STUDENTS = {VELOCITY: "students", OUTCOME: "outcome"}  # table → who judges
 
 
 @dataclass(frozen=True)
@@ -44,7 +44,8 @@ class ScoreRequest:
 
 @dataclass(frozen=True)
 class RunSearch:
-    """remove: share of the blocks, 0 for the trend rule alone. merge: of probes.MERGES, or VELOCITY. The others as in probes.py."""
+    """remove: share of the blocks, 0 for the trend rule alone. merge: of probes.MERGES, VELOCITY or OUTCOME. The others as in
+    probes.py."""
 
     remove: float = 0.0
     longest: int = 10
@@ -56,8 +57,8 @@ class RunSearch:
 
 @dataclass(frozen=True)
 class LayerStats:
-    """What the probes say of a model: its stack and hash, and the CKA of every run by each way to merge streams; under VELOCITY what the
-    model's answer loses, where that was asked."""
+    """What the probes say of a model: its stack and hash, and the CKA of every run by each way to merge streams; under VELOCITY and
+    OUTCOME what the model's answer loses, and its final latents too, where that was asked."""
 
     stack: Stack
     model: str
@@ -88,8 +89,13 @@ def whole_model(model: Any, where: str) -> Any:
     return model
 
 
-def score_blocks(model: Any, request: ScoreRequest, calibration: Calibration, guider: Callable, where: str) -> Scored:
-    """Score the blocks, leave out the least important. Raises: NodeInputError for shares and lists that do not fit."""
+def score_blocks(
+    model: Any, request: ScoreRequest, calibration: Calibration, guider: Callable, where: str, step: Callable[[], None] = lambda: None
+) -> Scored:  # fmt: skip
+    """Score the blocks, leave out the least important. step: called for each block that is left out once, by outcome twice.
+
+    Raises: NodeInputError for shares and lists that do not fit.
+    """
     stack, started = stack_under(whole_model(model, where), where), time.perf_counter()
     keep = protected(request.protect, stack, where)
     count = how_many(request.remove, stack, keep, where)
@@ -98,11 +104,14 @@ def score_blocks(model: Any, request: ScoreRequest, calibration: Calibration, gu
         scores = dict(magnitude(model, stack))
     elif request.method not in PATTERNS:
 
-        def measure(gate: Dispatcher, ask: Callable) -> None:
+        def measure(gate: Dispatcher, ask: Asked) -> None:
             if request.method == "similarity":
                 scores.update(similarity(ask, gate))
-            elif request.method == "sensitivity":
-                scores.update(sensitivity(ask, gate, stack))
+            elif request.method in ("sensitivity", "outcome"):
+                scores.update(sensitivity(ask, gate, stack, step))
+                if request.method == "outcome":
+                    latents = sensitivity(ask.samples, gate, stack, step)
+                    scores.update({path: error + latents[path] for path, error in scores.items()})
             else:
                 scores.update(probe_stats(_recorded(gate, ask, request.tokens, request.at), stack, longest=1).scores())
 
@@ -124,17 +133,17 @@ def probe_layers(
     tokens: int = 1024, judge: str = "cka", step: Callable[[], None] = lambda: None,
 ) -> LayerStats:  # fmt: skip
     """PPCL's probes of every block. at: points of the flow; tokens: kept of each stream, over all points. judge: of JUDGES; for
-    "students" the model runs once more for every run of blocks. step: called for each of these."""
+    "students" the model is asked once more for every run of blocks, for "outcome" it also samples. step: called for each of these."""
     stack, started, found = stack_under(whole_model(model, where), where), time.perf_counter(), {}
     if judge not in JUDGES:
         raise input_error(where, "judge", judge, ", ".join(JUDGES), "Choose one of these.")
-    if judge == "students" and at < HELD_OUT:
+    if judge != "cka" and at < HELD_OUT:
         raise input_error(where, "points", at, f"{HELD_OUT} and more, of which a part judges", "Raise it, or set judge to cka.")
 
-    def measure(gate: Dispatcher, ask: Callable) -> None:
+    def measure(gate: Dispatcher, ask: Asked) -> None:
         found.update(probe_tables(_recorded(gate, ask, tokens, at), stack, longest, ridge))
-        if judge == "students":
-            found[VELOCITY] = student_table(model, stack, gate, ask, longest, max(1, tokens // at), step)
+        if judge != "cka":
+            found.update(student_tables(model, stack, gate, ask, longest, max(1, tokens // at), step, judge == "outcome"))
 
     on_samples(model, calibration, guider, at, where, measure)
     return LayerStats(stack, model_hash(model), found, time.perf_counter() - started)
@@ -144,12 +153,12 @@ def runs_from(stats: LayerStats, search: RunSearch, where: str) -> Scored:
     """The plan of the runs that `search` finds. Raises: NodeInputError where there are none."""
     stack, table = stats.stack, stats.tables.get(search.merge)
     if table is None:
-        remedy = "Set judge of Layer Probe to students, or choose another way here."
+        remedy = f"Set judge of Layer Probe to {BY_STUDENTS.get(search.merge, 'cka')}, or choose another way here."
         raise input_error(where, "merge_streams", search.merge, ", ".join(stats.tables), remedy)
     keep = protected(search.protect, stack, where)
-    if search.merge == VELOCITY and not search.remove:
+    if search.merge in BY_STUDENTS and not search.remove:
         remedy = "Set remove, or choose min for the trend rule."
-        raise input_error(where, "remove", "0 with merge_streams velocity", "a share: the trend rule is of CKA", remedy)
+        raise input_error(where, "remove", f"0 with merge_streams {search.merge}", "a share: the trend rule is of CKA", remedy)
     if search.remove:
         runs = best_runs(table, how_many(search.remove, stack, keep, where), search.longest, keep)
     else:
@@ -159,7 +168,8 @@ def runs_from(stats: LayerStats, search: RunSearch, where: str) -> Scored:
         raise input_error(where, "remove", search.remove, allowed, "Raise largest_loss, protect fewer blocks, or set remove.")
     scores = table.scores()
     plan = PrunePlan(stack.family, stats.model, stack.counts, {}, runs, method="runs", scores=scores)
-    loss = "velocity error of its student" if search.merge == VELOCITY else "1 - CKA of its probes"
+    losses = {VELOCITY: "velocity error of its student", OUTCOME: "velocity error and final latents' of its student"}
+    loss = losses.get(search.merge, "1 - CKA of its probes")
     lines = [f"runs: {plan.describe(stack)}", f"number  run  {loss}"]
     lines += [f"{number}: {run.holder}.{run.first}-{run.last}: {table.loss(run):.4f}" for number, run in enumerate(runs)]
     return Scored(plan, "\n".join(lines), scores, tuple(block.path for block in plan.removed(stack)))
@@ -167,7 +177,7 @@ def runs_from(stats: LayerStats, search: RunSearch, where: str) -> Scored:
 
 def find_runs(model: Any, search: RunSearch, calibration: Calibration, guider: Callable, where: str, at: int = 16) -> Scored:
     """Probes and search in one."""
-    judge = "students" if search.merge == VELOCITY else "cka"
+    judge = BY_STUDENTS.get(search.merge, "cka")
     return runs_from(probe_layers(model, calibration, guider, where, search.longest, at=at, judge=judge), search, where)
 
 
@@ -178,19 +188,34 @@ def _recorded(gate: Dispatcher, ask: Callable, tokens: int, at: int) -> Recorder
     return recorder
 
 
+@dataclass(frozen=True)
+class Asked:
+    """A trainee at fixed points around its own samples: asked(held=True) at those that are held out alone, asked(held=False) at the others;
+    samples(): final latents of whole runs from other noise, CALL of them at most."""
+
+    trainee: Any
+    calibration: Calibration
+    fixed: list
+
+    def __call__(self, held: bool | None = None) -> torch.Tensor:
+        return velocities(self.trainee, self.fixed if held is None else parted(self.fixed)[held])
+
+    def samples(self) -> torch.Tensor:
+        few = replace(self.calibration, count=min(self.calibration.count, CALL), seed=self.calibration.seed + 1)
+        return sample_pool(self.trainee, few)
+
+
 def on_samples(
-    model: Any, calibration: Calibration, guider: Callable, at: int, where: str, measure: Callable[[Dispatcher, Callable], None]
+    model: Any, calibration: Calibration, guider: Callable, at: int, where: str, measure: Callable[[Dispatcher, Asked], None]
 ) -> None:
-    """measure(gate, ask) with `gate` around every block, `ask` running the model at fixed points around its own samples; ask(held=True)
-    at those that are held out alone, ask(held=False) at the others."""
+    """measure(gate, ask) with `gate` around every block and `ask` running the model."""
     stack, gate = stack_under(model, where), Dispatcher()
 
     def body(trainee: Any) -> None:
         pool = checked_pool(trainee, calibration, where)
         fixed = points(PoolData(pool, len(trainee.positive)), at, calibration.seed)
-        shown, judged = parted(fixed)
         with torch.no_grad():
-            measure(gate, lambda held=None: velocities(trainee, {None: fixed, False: shown, True: judged}[held]))
+            measure(gate, Asked(trainee, calibration, fixed))
 
     inside(guider, gate_blocks(model, stack.blocks, gate), calibration, body)
 

@@ -8,8 +8,8 @@ NOTES = {
     "quantize_and_save": (
         "One seed with the weights in 32, 8, 4 and 3 bits; a short run tells **Quantize** where outliers are. Change "
         "**weight_bits** and **act_bits**; **Velocity error** says in dB what that costs. **Keep Sensitive Layers** finds what 8 bits "
-        "must leave alone to reach **target_db**. The 4-bit model has 16 **directions** beside its codes and is saved; what stays whole is by "
-        "now most of it."
+        "must leave alone to reach **target_db**. The 4-bit model has 16 **directions** beside its codes and is saved; what stays whole is "
+        "by now most of it."
     ),
     "width_to_linear": (
         "The three image MLPs of the double blocks become linear maps with an eighth of their weights, fitted to what they do on eight "

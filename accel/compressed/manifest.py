@@ -214,7 +214,8 @@ class Manifest:
 def _layer(name: str, fields: Any) -> LayerFormat:
     known = set(LayerFormat.__dataclass_fields__)
     if not isinstance(fields, Mapping) or set(fields) | {DIRECTIONS} != known:
-        raise ManifestError(f"layer {name[:100]} must have exactly the fields {', '.join(sorted(known - {DIRECTIONS}))}, or {DIRECTIONS} too")
+        exactly = ", ".join(sorted(known - {DIRECTIONS}))
+        raise ManifestError(f"layer {name[:100]} must have exactly the fields {exactly}, or {DIRECTIONS} too")
     layer = LayerFormat(**fields)
     layer.check(name)
     return layer

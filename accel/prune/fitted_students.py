@@ -10,8 +10,9 @@ there is no such projection. PPCL (arXiv 2511.16156) begins with a copy, (W₀, 
 would end. Conjugate gradients on the normal equations, preconditioned by their diagonal, whose mean is d; λ and the number of iterations
 are those that serve best the images that are held out, and the whole is then solved once more with these.
 
-`student_table` has for every run what the model's answer loses with such a student in its place, ‖v − v_t‖²/‖v_t‖² on what is held out:
-what runs are chosen by (probes.best_runs) where the CKA of linear maps does not know what an error does behind the run.
+`student_tables` have for every run what the model's answer loses with such a student in its place, ‖v − v_t‖²/‖v_t‖² on what is held out:
+what runs are chosen by (probes.best_runs) where the CKA of linear maps does not know what an error does behind the run. A second one adds
+what the final latents lose, ‖x̂0 − x̂0_t‖²/‖x̂0_t‖² of whole runs: an error at high sigma leads them elsewhere, one at low sigma hardly.
 """
 
 from __future__ import annotations
@@ -34,13 +35,14 @@ from .probes import ProbeStats, few_tokens
 from .scores import relative_error
 from .students import in_fp32, new_student
 
-__all__ = ["FittedLayer", "LastLayers", "StudentFit", "last_layers", "runs_to_judge", "student_table"]
+__all__ = ["OUTCOME", "VELOCITY", "FittedLayer", "LastLayers", "StudentFit", "last_layers", "runs_to_judge", "student_tables"]
 
 RIDGES = (0.01, 0.1, 1.0, 10.0)
 TABLE_RIDGE = 1.0  # for the table, where trying more would cost as much again
 ITERATIONS = 20
 AFFINE = 1e-2  # of the layer's own share in the block's output: what c + g ⊙ y may miss
 TINY = 1e-12
+VELOCITY, OUTCOME = "velocity", "outcome"  # names of the tables
 
 
 def last_layers(model: Any, stack: Stack) -> dict[str, tuple[str, ...]]:
@@ -199,16 +201,22 @@ def runs_to_judge(stack: Stack, longest: int) -> list[Run]:
     return found
 
 
-def student_table(
-    model: Any, stack: Stack, gate: Any, ask: Callable[..., Tensor], longest: int, per_image: int, step: Callable[[], None]
-) -> ProbeStats:  # fmt: skip
-    """1 − what the model's answer loses, for every run of `runs_to_judge`.
+def student_tables(
+    model: Any, stack: Stack, gate: Any, ask: Any, longest: int, per_image: int, step: Callable[[], None], whole_runs: bool = False
+) -> dict[str, ProbeStats]:  # fmt: skip
+    """VELOCITY: 1 − what the model's answer loses, for every run of `runs_to_judge`; OUTCOME, with whole_runs: less what final latents
+    lose as well.
 
-    ask(held=…): the model's velocities at points that are held out, or at the others. gate: its `current` is around every block.
-    step: called for every run.
+    ask(held=…): the model's velocities at points that are held out, or at the others; ask.samples(): its samples. gate: its `current` is
+    around every block. step: called for every run.
     """
-    tables = {holder: torch.full((count, count), float("nan"), dtype=torch.float64) for holder, count in stack.counts.items()}
+    names = (VELOCITY, OUTCOME) if whole_runs else (VELOCITY,)
+    tables = {
+        name: {holder: torch.full((count, count), float("nan"), dtype=torch.float64) for holder, count in stack.counts.items()}
+        for name in names
+    }  # fmt: skip
     exact, layers = ask(held=True), last_layers(model, stack)
+    drawn = ask.samples() if whole_runs else None
     for _, group in groupby(runs_to_judge(stack, longest), key=lambda run: run.path):
         students = {run: new_student(model, run) for run in group}
         for student in students.values():
@@ -219,9 +227,12 @@ def student_table(
         for run, student in students.items():
             step()
             gate.current = _in_place(run, student)
-            tables[run.holder][run.first, run.last] = 1.0 - relative_error(ask(held=True), exact)
+            left = 1.0 - relative_error(ask(held=True), exact)
+            tables[VELOCITY][run.holder][run.first, run.last] = left
+            if whole_runs:
+                tables[OUTCOME][run.holder][run.first, run.last] = left - relative_error(ask.samples(), drawn)
         gate.current = None
-    return ProbeStats(tables)
+    return {name: ProbeStats(table) for name, table in tables.items()}
 
 
 def _in_place(of: Run, student: nn.Module) -> Handler:

@@ -1,7 +1,9 @@
-"""How much each block of a model matters, by four numbers. High is important.
+"""How much each block of a model matters, by five numbers. High is important.
 
     similarity    1 − mean cos(h_in, h_out) over the tokens of every stream  (block influence: Men et al. 2024, arXiv 2403.03853)
     sensitivity   ‖v without the block − v‖² / ‖v‖², the error of the model's answer when this block alone is left out
+    outcome       sensitivity + ‖x̂0 without the block − x̂0‖² / ‖x̂0‖², the error of the final latents of whole runs: where an error at high
+                  sigma leads elsewhere, which the answers alone do not show
     magnitude     root mean square of the block's weights; asks nothing of the model
     probe         1 − linear CKA of the block's output and that of a linear map fitted to it (probes.py)
 
@@ -22,7 +24,7 @@ from .identity import original_module
 
 __all__ = ["METHODS", "Dispatcher", "Leave", "Similarity", "magnitude", "relative_error", "sensitivity", "similarity"]
 
-METHODS = ("similarity", "sensitivity", "magnitude", "probe")
+METHODS = ("similarity", "sensitivity", "magnitude", "probe", "outcome")
 
 
 class Dispatcher:
@@ -79,13 +81,16 @@ def similarity(ask: Callable[[], Tensor], gate: Dispatcher) -> dict[str, float]:
     return watch.scores()
 
 
-def sensitivity(ask: Callable[[], Tensor], gate: Dispatcher, stack: Stack) -> dict[str, float]:
-    """One run of all points a block. Blocks that cannot be left out have no number."""
+def sensitivity(
+    ask: Callable[[], Tensor], gate: Dispatcher, stack: Stack, step: Callable[[], None] = lambda: None
+) -> dict[str, float]:  # fmt: skip
+    """One run of all that `ask` asks a block. Blocks that cannot be left out have no number. step: called before each."""
     whole = ask()
     scores = {}
     for block in stack.blocks:
         if block in stack.fixed:
             continue
+        step()
         gate.current = Leave([block.path])
         scores[block.path] = relative_error(ask(), whole)
     gate.current = None

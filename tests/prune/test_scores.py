@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import dataclasses
+
 import pytest
 import torch
 from rectiflow.accel.prune.apply import apply_plan, stack_under
 from rectiflow.accel.prune.fitted_students import runs_to_judge
-from rectiflow.accel.prune.identity import original_module
+from rectiflow.accel.prune.identity import model_hash, original_module
 from rectiflow.accel.prune.plan import Run
 from rectiflow.accel.prune.probes import (
     ProbeStats,
@@ -19,12 +21,13 @@ from rectiflow.accel.prune.probes import (
     trend_runs,
 )
 from rectiflow.accel.prune.scores import Dispatcher, Leave, Similarity, relative_error
+from rectiflow.accel.prune.select import plan_without
 from rectiflow.errors import NodeInputError
 from rectiflow.families.stack import Stack, StackBlock
 from rectiflow.host import CFGGuider
 from rectiflow.metrics.bars import bar_chart
 from rectiflow.tests.accel.region_toys import conditioning, toy
-from rectiflow.train.pool import Calibration
+from rectiflow.train.pool import Calibration, inside, sample_pool
 from rectiflow.train.prune_scores import (
     RunSearch,
     ScoreRequest,
@@ -117,7 +120,7 @@ def test_leaving_out_and_errors():
     assert relative_error(torch.tensor([1.0, 2.0]), torch.tensor([1.0, 1.0])) == 0.5
 
 
-@pytest.mark.parametrize("method", ["similarity", "sensitivity", "probe"])
+@pytest.mark.parametrize("method", ["similarity", "sensitivity", "probe", "outcome"])
 def test_a_planted_idle_block_of_the_tiny_model_goes_first(tiny, shown, method):
     """A block whose last projection is zero changes nothing of its streams: every number that looks at what blocks do ranks it lowest."""
     tiny.model.detach()  # another test may have left a narrow clone on the network
@@ -134,6 +137,18 @@ def test_a_planted_idle_block_of_the_tiny_model_goes_first(tiny, shown, method):
     finally:
         for name, value in module.linear2.named_parameters():
             value.data.copy_(kept[name])
+
+
+def test_outcome_is_the_velocity_error_and_that_of_whole_runs(tiny, shown):
+    """Against a model with the block skipped, sampled from the noise of the next seed."""
+    scored = score_blocks(tiny.model, ScoreRequest("outcome", 0.12, at=4), shown, CFGGuider, "test")
+    answers = score_blocks(tiny.model, ScoreRequest("sensitivity", 0.12, at=4), shown, CFGGuider, "test")
+    stack, path = stack_under(tiny.model, "test"), "single_blocks.1"
+    skipped = apply_plan(tiny.model, plan_without((stack.at(path),), stack, model_hash(tiny.model), "test"), "test")
+    other, found = dataclasses.replace(shown, seed=shown.seed + 1), []
+    for model in (skipped, tiny.model):
+        inside(CFGGuider, model.clone(), other, lambda trainee: found.append(sample_pool(trainee, other)))
+    assert scored.scores[path] - answers.scores[path] == pytest.approx(relative_error(*found), rel=1e-4)
 
 
 def test_magnitude_and_patterns_ask_nothing_of_the_model(tiny, shown):
@@ -169,6 +184,14 @@ def test_runs_of_the_tiny_model(tiny, shown):
     assert len(asked) == len(runs_to_judge(stack, 3)) == (2 + 1) + (5 + 4)
     by_velocity = runs_from(judged, RunSearch(remove=1 / 3, longest=3, merge="velocity"), "test")
     assert len(by_velocity.gone) == 3 and "velocity error of its student" in by_velocity.report
+    both = probe_layers(tiny.model, shown, CFGGuider, "test", longest=3, at=8, judge="outcome")
+    velocity, outcome = (both.tables[name].cka["single_blocks"].nan_to_num(1.0) for name in ("velocity", "outcome"))
+    assert torch.equal(velocity, judged.tables["velocity"].cka["single_blocks"].nan_to_num(1.0))
+    assert bool((outcome <= velocity).all()) and bool((outcome < velocity)[velocity < 1.0].all())
+    by_outcome = runs_from(both, RunSearch(remove=1 / 3, longest=3, merge="outcome"), "test")
+    assert len(by_outcome.gone) == 3 and "final latents'" in by_outcome.report
+    with pytest.raises(NodeInputError, match="Set judge of Layer Probe to outcome"):
+        runs_from(judged, RunSearch(remove=1 / 3, merge="outcome"), "test")
     plain = probe_layers(tiny.model, shown, CFGGuider, "test", longest=3, at=8)
     assert torch.equal(*(stats.tables["min"].cka["single_blocks"].nan_to_num() for stats in (judged, plain)))
     with pytest.raises(NodeInputError, match="trend rule"):

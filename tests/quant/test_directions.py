@@ -1,4 +1,4 @@
-"""Directions beside the codes: what lies along them is exact, what is left errs by its own length, and every way through the layer agrees."""
+"""Directions beside the codes: what lies along them is exact, what is left errs by its own length, and all ways through the layer agree."""
 
 from __future__ import annotations
 
@@ -98,7 +98,7 @@ def test_simulated_and_packed_agree_and_gradients_pass(weight_bits, act_bits, ro
 
 @pytest.mark.parametrize("policy", ["bypass", "requant"])
 def test_a_lora_moves_them_too_and_goes_without_a_trace(policy):
-    """Set, asked, put back by the host: the output moves by the LoRA's product and is the old one, bit for bit, afterwards. Beside the codes
+    """Set, asked, put back by the host: the output moves by the LoRA's product and is the old one, bit for bit, afterwards. Beside codes
     it is exact; in codes of 8 bits a LoRA of a tenth has a noise of a tenth (measured .09), also where they are written in place."""
     layer, x = linear(256, 128), along_few(64, seed=5)
     made = made_by(layer, along_few(600), weight_bits=8, act_bits=8, rotation="hadamard", lora=policy, directions=8)
