@@ -2,6 +2,7 @@
 
     python bench/deep_flow.py FILE && python bench/prune.py --deep FILE     the first two tables on 27 blocks: prune_deep.csv,
                                                                             prune_deep_students.csv
+    python bench/prune.py --every                                           prune_every alone
 
     prune_selections   three of the tiny model's nine blocks left out by each method, then equal recovery (Recover Pruned, all weights that
                        are left, equal steps, batch and rate). "PPCL runs" by CKA, left out as the others are; "PPCL, fitted students" by
@@ -10,6 +11,7 @@
     prune_students     students of the same two choices of runs, which alone learn, after as many steps and after twice as many: one of
                        these steps costs half of the others. PPCL's begin as copies, ours fitted
     prune_runs         PPCL's students alone: one run or three, the alternating stage alone or half of the steps on their own states
+    prune_every        every choice of a third of the nine blocks, recovered alike, one seed: what a search could find at best
     prune_clock        process time of one call of the pruned network and of the whole one, interleaved rounds, best of each
 
 Errors are of prompts and noises that no training saw, against the whole model: ‖v − v_t‖²/‖v_t‖² at points of the flow, the same of final
@@ -20,6 +22,7 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+import itertools
 import statistics
 import tempfile
 import time
@@ -29,9 +32,10 @@ import torch
 from deep_flow import HELD_OUT, SHOWN, load_deep
 from rectiflow.accel.prune.apply import apply_plan, stack_under
 from rectiflow.accel.prune.depth_masks import patterns_like
+from rectiflow.accel.prune.identity import model_hash
 from rectiflow.accel.prune.plan import PrunePlan
 from rectiflow.accel.prune.scores import relative_error
-from rectiflow.accel.prune.select import protected
+from rectiflow.accel.prune.select import plan_without, protected
 from rectiflow.accel.prune.students import apply_runs
 from rectiflow.host.embedded import HostSettings, make_host, use_host
 from rectiflow.nodes.metrics import RectiflowFeatureDistance
@@ -223,6 +227,20 @@ def runs(bench: Bench, steps: int) -> None:
     write_table("prune_runs", (*header, "steps", "batch"), [(*row, steps, BATCH) for row in rows])
 
 
+def every(bench: Bench, steps: int, seed: int = 0) -> None:
+    keep, base, rows = protected(PROTECT, bench.stack, WHERE), model_hash(bench.model), []
+    free = [block for block in bench.stack.blocks if block.path not in keep]
+    for gone in itertools.combinations(free, round(SHARE * len(bench.stack.blocks))):
+        plan = plan_without(gone, bench.stack, base, WHERE)
+        pruned = apply_plan(bench.model, plan, WHERE)
+        figures = (bench.errors(pruned)[0], *bench.errors(bench.recovered(pruned, seed, steps)))
+        rows.append((names_out(bench, plan), *(f"{figure:.4f}" for figure in figures), steps, BATCH))
+        print(*rows[-1], flush=True)
+    rows.sort(key=lambda row: row[2])
+    header = ("left_out", "velocity_error_before", "velocity_error", "latent_error", "feature_distance", "steps", "batch")
+    write_table("prune_every", header, rows)
+
+
 def clock(bench: Bench, plans: dict[str, PrunePlan], rounds: int, calls: int = 4) -> None:
     """Best process time of a call of 8 rows over interleaved rounds."""
     models = {"whole": bench.model, **{name: bench.pruned(name, plan, 0) for name, plan in plans.items()}}
@@ -257,6 +275,7 @@ def main() -> None:
     parser.add_argument("--deep", type=Path, help="prune_deep and its students alone, on this file of bench/deep_flow.py")
     parser.add_argument("--methods", nargs="+", default=(), help="of --deep, outcome among them: these alone, in prune_deep_<steps>")
     parser.add_argument("--students", action="store_true", help="prune_students alone")
+    parser.add_argument("--every", action="store_true", help="prune_every alone")
     given = parser.parse_args()
     torch.set_num_threads(1)
     host = make_host(Path(tempfile.mkdtemp()), settings=HostSettings(device="cpu", dtype="fp32"))
@@ -273,6 +292,9 @@ def main() -> None:
         bench = Bench(tiny)
         if given.students:
             students(bench, given.seeds, given.steps)
+            return
+        if given.every:
+            every(bench, given.steps)
             return
         clock(bench, selections(bench, given.seeds, given.steps, given.search), given.rounds)
         students(bench, given.seeds, given.steps)

@@ -86,10 +86,20 @@ def device() -> Iterator[Finding]:
     yield Finding("device", f"{get_torch_device_name(memory.device)}, {free:.1f} of {total:.1f} GB free")
     fast = [str(dtype).removeprefix("torch.") for dtype in _dtypes(torch) if memory.computes_in(dtype, memory.device)]
     yield Finding("dtype", f"{fast[0]} (fast here: {', '.join(fast)})")
+    if memory.device.type == "cpu":
+        yield _integer_product()
     bound = ", ".join(f"{name}={os.environ[name]}" for name in ("OMP_NUM_THREADS", "MKL_NUM_THREADS") if name in os.environ)
     yield Finding("threads", f"{torch.get_num_threads()}" + (f" ({bound})" if bound else ""))
     if sys.platform == "linux" and torch.version.cuda is None and Path("/proc/driver/nvidia").exists():
         yield Finding("cuda", "an NVIDIA driver is there, but this torch is a CPU build", "note", "Install torch with CUDA into .venv.")
+
+
+def _integer_product() -> Finding:
+    from ..kernels.int8_gemm import CPU_MULTIPLIES_BYTES
+
+    if CPU_MULTIPLIES_BYTES:
+        return Finding("8-bit layers", "in integers (VNNI): faster than fp32")
+    return Finding("8-bit layers", "without VNNI as fast as fp32", "note", "Quantize saves memory here, not time.")
 
 
 def _dtypes(torch) -> tuple:
