@@ -122,6 +122,7 @@ class QuantLinear(nn.Module):
             return moved if moved.dtype == tensor.dtype else tensor.to(moved.device)
 
         super()._apply(place, recurse)
+        self._along = None
         self.rotation = self.rotation.to(self.weight.device)
         return self
 
@@ -329,7 +330,7 @@ class QuantLinear(nn.Module):
                 left, along = self._parted(x)
                 given = self.rotation.undo(self._rounded(left))
                 given = given if self.smooth is None else given / self.smooth.to(x.dtype)
-                x = given if along is None else given + along @ self.directions_down.to(x.dtype)
+                x = (given if along is None else given + along @ self.directions_down.to(given.dtype)).to(weight.dtype)
             return F.linear(x, self.narrowed(weight), self._bias(x))
         finally:
             self._handing_out = False

@@ -164,6 +164,18 @@ class Tiny(Runs):
         return {"gain": now - given, "off": abs(now - told), "count": kept_count, "same": torch.equal(self.latent(model), before)}
 
 
+    def directions(self) -> dict:
+        """W8A4 with and without directions: decibels gained; and a file of them with a LoRA in the codes."""
+        shown = {"positive": self.prompt, "latent_image": {"samples": torch.zeros(1, 16, 16, 16)}, "sigmas": torch.linspace(1, 0, 5)}
+        layers = r"single_blocks\.0\."
+        stats = self.node("RectiflowQuantCalibrate", model=self.toy.model, seed=0, num_runs=1, layers=layers, **shown)[0]
+        given = {"stats": stats, "include": layers, "act_bits": "4", "protect_down": False, "group_size": "32"}
+        bare, beside = (self.quantized(directions=count, lora="requant", **given) for count in (0, 16))
+        asked = {**shown, "negative": self.empty, "cfg": 1.0, "seed": 2}
+        found = [self.node("RectiflowQuantReport", reference=self.toy.model, model=model, **asked)[2] for model in (bare, beside)]
+        return {"gain": found[1] - found[0], "file": self.saved_and_loaded(self.lora(beside)[0])}
+
+
 def tiny_answers(nodes: dict) -> dict:
     runs = Tiny(nodes)
     pruned = runs.pruned("double_blocks.1", "single_blocks.3")
@@ -173,7 +185,7 @@ def tiny_answers(nodes: dict) -> dict:
     return {
         "db": error(runs.latent(), runs.latent(runs.quantized(group_size="32"))),
         "pruned_4": runs.saved_and_loaded(runs.quantized(pruned, weight_bits="4", group_size="32", include=r"_blocks\.0\.")),
-        "sensitive": runs.sensitive(eight), "fresh": runs.fresh_process(chain),
+        "sensitive": runs.sensitive(eight), "directions": runs.directions(), "fresh": runs.fresh_process(chain),
     }  # fmt: skip
 
 

@@ -118,8 +118,13 @@ def test_functions_on_the_weight_see_what_a_run_sees():
     layer, x = linear(256, 64), along_few(32, seed=30)
     made = made_by(layer, along_few(600), weight_bits=8, act_bits=4, rotation="hadamard", simulate=True, directions=8)
     alone = made(x)
+    made.to(torch.bfloat16)  # as a host moves models: nothing of the codes changes
+    assert torch.equal(made(x), alone)
+    half = made(x.bfloat16())
+    assert half.dtype == torch.bfloat16 and (half - alone).norm() < 0.02 * alone.norm()
     made.weight_function.append(lambda weight: weight)
     assert (made(x) - alone).norm() < 1e-4 * alone.norm()
+    assert (made(x.bfloat16()) - half).norm() < 0.02 * alone.norm()
 
 
 def test_the_model_is_nearer_saved_and_loaded_with_them(runs):

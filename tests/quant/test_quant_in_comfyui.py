@@ -47,3 +47,9 @@ def test_a_fresh_process_gives_the_same_latent(answers):
 def test_sensitive_layers_are_kept(answers):
     found = answers["tiny"]["sensitive"]
     assert found["gain"] >= 1 and found["off"] < 1e-3 and found["same"] and 0 < found["count"] < 20
+
+
+def test_directions_beside_the_codes(answers):
+    """One block at W8A4 with a LoRA rounded into the codes; 2 dB measured on the embedded host."""
+    found = answers["tiny"]["directions"]
+    assert found["gain"] > 1 and found["file"] == [True, True]
