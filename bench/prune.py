@@ -49,6 +49,7 @@ from rectiflow.train.recovery import RecoverSettings, recover
 from table import write_table
 
 SHARE, PROTECT, WHERE = 1 / 3, "0, -1", "bench"
+SEARCH_BATCH = 8  # of TinyFusion's search: with four draws a step its choice differs from one run to the next
 BATCH, LR, LR_STUDENTS = 4, 3e-4, 1e-3  # of 3e-4 and 1e-3 the better one for each after 40 steps
 SCORES = ("random", "ends", "magnitude", "similarity", "sensitivity", "outcome")
 FITTED = "PPCL, fitted students"
@@ -132,7 +133,7 @@ class Bench:
 
     def learned(self, seed: int, steps: int, double: str, single: str):
         settings = DepthSettings(
-            double_pattern=double, single_pattern=single, protect=PROTECT, steps=steps, batch=BATCH, lr_logits=5e-3, lr_lora=3e-4,
+            double_pattern=double, single_pattern=single, protect=PROTECT, steps=steps, batch=SEARCH_BATCH, lr_logits=5e-3, lr_lora=3e-4,
             tau_end=0.5, ema=0.9, seed=seed,
         )  # fmt: skip
         return learn_depth(self.model, settings, self.seeded(seed), None, host_services())
@@ -270,7 +271,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--steps", type=int, default=40)
     parser.add_argument("--seeds", type=int, default=3)
-    parser.add_argument("--search", type=int, default=80)
+    parser.add_argument("--search", type=int, default=160, help="steps of TinyFusion's search")
     parser.add_argument("--rounds", type=int, default=7)
     parser.add_argument("--deep", type=Path, help="prune_deep and its students alone, on this file of bench/deep_flow.py")
     parser.add_argument("--methods", nargs="+", default=(), help="of --deep, outcome among them: these alone, in prune_deep_<steps>")
