@@ -1,4 +1,4 @@
-"""Depth pruning at a third of the blocks: `python bench/prune.py [--steps N] [--seeds N] [--search N]`; writes bench/results/prune_*.csv.
+"""Depth pruning at a third of the blocks: `python bench/prune.py [--steps N] [--seeds N]`; writes bench/results/prune_*.csv.
 
     python bench/deep_flow.py FILE && python bench/prune.py --deep FILE     the first two tables on 27 blocks: prune_deep.csv,
                                                                             prune_deep_students.csv
@@ -49,7 +49,7 @@ from rectiflow.train.recovery import RecoverSettings, recover
 from table import write_table
 
 SHARE, PROTECT, WHERE = 1 / 3, "0, -1", "bench"
-SEARCH_BATCH = 8  # of TinyFusion's search: with four draws a step its choice differs from one run to the next
+SEARCH = {"nine": (80, 4), "deep": (160, 8)}  # steps and draws a step of TinyFusion's search: of more blocks there are more choices
 BATCH, LR, LR_STUDENTS = 4, 3e-4, 1e-3  # of 3e-4 and 1e-3 the better one for each after 40 steps
 SCORES = ("random", "ends", "magnitude", "similarity", "sensitivity", "outcome")
 FITTED = "PPCL, fitted students"
@@ -60,11 +60,11 @@ class Bench:
     """A whole MODEL, the tiny one unless told, and what every pruned one is compared with.
 
     uniform: groups of single blocks that leave out a third of all blocks, as TinyFusion is published, beside those that outcome gives.
-    methods: those to compare; none for all.
+    methods: those to compare; none for all. search: steps and draws a step of TinyFusion's.
     """
 
-    def __init__(self, tiny: TinyRuns, model=None, uniform: str = "", methods: tuple[str, ...] = ()):
-        self.tiny, self.model, self.uniform, self.methods = tiny, model or tiny.model, uniform, methods
+    def __init__(self, tiny: TinyRuns, model=None, uniform: str = "", methods: tuple[str, ...] = (), search=SEARCH["nine"]):
+        self.tiny, self.model, self.uniform, self.methods, self.search = tiny, model or tiny.model, uniform, methods, search
         self.stack = stack_under(self.model, WHERE)
         empty = tiny.conditioning("")
         prompts = [[entry for text in texts for entry in tiny.conditioning(text)] for texts in (SHOWN, HELD_OUT)]
@@ -98,7 +98,7 @@ class Bench:
     def seeded(self, seed: int) -> Calibration:
         return dataclasses.replace(self.shown, seed=seed)
 
-    def selections(self, seed: int, search: int) -> dict[str, tuple[PrunePlan, float]]:
+    def selections(self, seed: int) -> dict[str, tuple[PrunePlan, float]]:
         """Method → (plan that leaves out a third of the blocks, process seconds of finding it)."""
         found = {}
 
@@ -117,9 +117,9 @@ class Bench:
             return found
         gone = found["outcome"][0].removed(self.stack)
         patterns = patterns_like(gone, self.stack, protected(PROTECT, self.stack, WHERE))
-        timed("TinyFusion", lambda: self.learned(seed, search, patterns["double"], patterns["single"]).plan)
+        timed("TinyFusion", lambda: self.learned(seed, patterns["double"], patterns["single"]).plan)
         if self.uniform:
-            timed("TinyFusion, uniform groups", lambda: self.learned(seed, search, "", self.uniform).plan)
+            timed("TinyFusion, uniform groups", lambda: self.learned(seed, "", self.uniform).plan)
         timed("PPCL runs", lambda: self.runs(seed, SEARCHES["PPCL"]))
         timed(FITTED, lambda: self.runs(seed, SEARCHES[FITTED]))
         return found
@@ -131,9 +131,10 @@ class Bench:
         """The model that recovery begins with: blocks left out, or fitted students, untrained, in their places."""
         return self.distilled(plan, seed, 1, lr=0.0, init="fitted")[0] if name == FITTED else apply_plan(self.model, plan, WHERE)
 
-    def learned(self, seed: int, steps: int, double: str, single: str):
+    def learned(self, seed: int, double: str, single: str):
+        steps, batch = self.search
         settings = DepthSettings(
-            double_pattern=double, single_pattern=single, protect=PROTECT, steps=steps, batch=SEARCH_BATCH, lr_logits=5e-3, lr_lora=3e-4,
+            double_pattern=double, single_pattern=single, protect=PROTECT, steps=steps, batch=batch, lr_logits=5e-3, lr_lora=3e-4,
             tau_end=0.5, ema=0.9, seed=seed,
         )  # fmt: skip
         return learn_depth(self.model, settings, self.seeded(seed), None, host_services())
@@ -154,10 +155,10 @@ def names_out(bench: Bench, plan: PrunePlan) -> str:
     return " ".join(block.name for block in plan.removed(bench.stack))
 
 
-def selections(bench: Bench, seeds: int, steps: int, search: int, table: str = "prune_selections") -> dict[str, PrunePlan]:
+def selections(bench: Bench, seeds: int, steps: int, table: str = "prune_selections") -> dict[str, PrunePlan]:
     rows, figures, plans = [], {}, {}
     for seed in range(seeds):
-        chosen, known = bench.selections(seed, search), {}
+        chosen, known = bench.selections(seed), {}
         for name, (plan, seconds) in chosen.items():
             out = names_out(bench, plan)
             key = (out, name == FITTED)
@@ -271,7 +272,6 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--steps", type=int, default=40)
     parser.add_argument("--seeds", type=int, default=3)
-    parser.add_argument("--search", type=int, default=160, help="steps of TinyFusion's search")
     parser.add_argument("--rounds", type=int, default=7)
     parser.add_argument("--deep", type=Path, help="prune_deep and its students alone, on this file of bench/deep_flow.py")
     parser.add_argument("--methods", nargs="+", default=(), help="of --deep, outcome among them: these alone, in prune_deep_<steps>")
@@ -283,11 +283,11 @@ def main() -> None:
     with use_host(host):
         tiny = TinyRuns(host)
         if given.deep:
-            deep = Bench(tiny, load_deep(given.deep), "5:8", tuple(given.methods))
+            deep = Bench(tiny, load_deep(given.deep), "5:8", tuple(given.methods), SEARCH["deep"])
             if given.methods:
-                selections(deep, given.seeds, given.steps, given.search, f"prune_deep_{given.steps}")
+                selections(deep, given.seeds, given.steps, f"prune_deep_{given.steps}")
                 return
-            selections(deep, given.seeds, given.steps, given.search, "prune_deep")
+            selections(deep, given.seeds, given.steps, "prune_deep")
             students(deep, given.seeds, given.steps, "prune_deep_students")
             return
         bench = Bench(tiny)
@@ -297,7 +297,7 @@ def main() -> None:
         if given.every:
             every(bench, given.steps)
             return
-        clock(bench, selections(bench, given.seeds, given.steps, given.search), given.rounds)
+        clock(bench, selections(bench, given.seeds, given.steps), given.rounds)
         students(bench, given.seeds, given.steps)
         runs(bench, given.steps)
 
