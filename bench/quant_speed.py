@@ -17,7 +17,7 @@ from rectiflow.accel.quant.uniform import int8_rows
 from rectiflow.kernels.int8_linear import Int8Weight, int8_linear, prepare_int8
 from table import write_table
 
-SIGMA, ROUNDS, DIRECTIONS = 0.02, 25, 16
+SIGMA, DIRECTIONS = 0.02, 16
 
 
 def with_directions(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor) -> torch.nn.Module:
@@ -29,7 +29,7 @@ def with_directions(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor) -
     return quantised_layer(weight, bias, scheme, stats.layers["layer"])
 
 
-def compare(theirs) -> list[list]:
+def compare(theirs, rounds: int) -> list[list]:
     """theirs: comfy-kitchen's int8_linear. Rows of the table."""
     rows = []
     for width, out in ((768, 3072), (3072, 768)):
@@ -55,7 +55,7 @@ def compare(theirs) -> list[list]:
                 lambda x=x, c=codes, s=row_scale, b=bias: theirs(x, c, s, b, torch.float32, convrot=True),
         }  # fmt: skip
         times: dict[str, list[float]] = {name: [] for name in cases}
-        for _ in range(ROUNDS):
+        for _ in range(rounds):
             for name, case in cases.items():
                 start = time.process_time()
                 case()
@@ -68,11 +68,13 @@ def compare(theirs) -> list[list]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--suffix", default="", help="of the table's name: one a processor")
+    parser.add_argument("--rounds", type=int, default=25, help="few are enough without VNNI, where comfy-kitchen takes seconds")
     given = parser.parse_args()
     from comfy_kitchen import int8_linear as theirs
 
     torch.set_num_threads(1)
-    write_table(f"quant_speed{given.suffix}", ["size", "layer", "least_ms", "median_ms", "peers"], compare(theirs))
+    rows = [[*row[:-1], given.rounds, row[-1]] for row in compare(theirs, given.rounds)]
+    write_table(f"quant_speed{given.suffix}", ["size", "layer", "least_ms", "median_ms", "rounds", "peers"], rows)
 
 
 if __name__ == "__main__":

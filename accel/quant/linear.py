@@ -263,8 +263,7 @@ class QuantLinear(nn.Module):
             if along is not None:
                 out = _with_product(out, along, self._writing(along.dtype)).to(x.dtype)
         for a, b in self._beside():
-            a, b = a.to(x), b.to(x)
-            out = out + (F.linear(F.linear(x, a), b) if len(a) else F.linear(x, b))
+            out = _with_product(out, F.linear(x, a.to(x)) if len(a) else x, b.to(x))
         return out
 
     def _reading(self, dtype: torch.dtype) -> torch.Tensor:
