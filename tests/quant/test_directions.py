@@ -17,7 +17,7 @@ from torch import nn
 
 LAYER = r"single_blocks\.0\.linear1"
 BITS = ((8, 8), (4, 8), (4, 4), (3, 16))
-ROTATIONS = ("none", "hadamard", "convrot", "dual")
+CASES = [*((*bits, rotation) for bits in BITS for rotation in ("none", "hadamard", "convrot")), (4, 4, "dual")]
 
 
 def along_few(tokens: int, columns: int = 256, count: int = 8, rest: float = 0.1, seed: int = 9) -> torch.Tensor:
@@ -45,8 +45,7 @@ def test_principal_directions_are_those_of_the_rows_and_orthonormal_in_the_codes
     assert principal_directions(torch.zeros(4, 256), 8, no_rotation(), None) is None
 
 
-@pytest.mark.parametrize("rotation", ROTATIONS)
-@pytest.mark.parametrize(("weight_bits", "act_bits"), BITS)
+@pytest.mark.parametrize("weight_bits, act_bits, rotation", CASES)
 def test_what_lies_along_them_is_not_rounded(weight_bits, act_bits, rotation):
     """Inputs along the directions alone: the product to what bfloat16 leaves of B, with weights and activations of few bits. 16 bits of
     activations leave nothing but the residual's own rounding."""
@@ -78,8 +77,7 @@ def test_none_is_bit_identical():
     assert none.directions is None and torch.equal(plain(x), none(x)) and plain.nbytes == none.nbytes
 
 
-@pytest.mark.parametrize("weight_bits, act_bits", BITS)
-@pytest.mark.parametrize("rotation", ROTATIONS)
+@pytest.mark.parametrize("weight_bits, act_bits, rotation", CASES)
 def test_simulated_and_packed_agree_and_gradients_pass(weight_bits, act_bits, rotation):
     """As in test_simulated, with the weight that the layer says it stands for as the gradient; groups' scales are rounded to 8 bits for the
     integer product, 42 dB below."""
