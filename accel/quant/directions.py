@@ -38,10 +38,12 @@ class Directions:
 def principal_directions(rows: torch.Tensor, count: int, rotation: Rotation, smooth: torch.Tensor | None) -> torch.Tensor | None:
     """B (at most `count`, k) of rows (r, k) of inputs in the basis of the codes; None where there is nothing in the rows."""
     rows = rows.float()
-    lengths, places = torch.linalg.eigh(rows @ rows.T)  # ascending; the rows are fewer than the channels of large models
+    narrow = rows.shape[1] < rows.shape[0]  # channels or rows, the fewer: large models have more channels than rows are kept
+    lengths, found = torch.linalg.eigh(rows.T @ rows if narrow else rows @ rows.T)  # ascending
     kept = lengths[-count:] > TINY * lengths[-1].clamp(min=TINY)
     if not bool(kept.any()):
         return None
-    found = torch.nn.functional.normalize(places[:, -count:][:, kept].T.flip(0) @ rows, dim=1)
+    found = found[:, -count:][:, kept].T.flip(0)
+    found = found if narrow else torch.nn.functional.normalize(found @ rows, dim=1)
     back = rotation.undo(found)
     return (back if smooth is None else back / smooth).to(DTYPE)

@@ -34,8 +34,9 @@ def made_by(layer: nn.Linear, rows: torch.Tensor, **scheme):
 
 
 def test_principal_directions_are_those_of_the_rows_and_orthonormal_in_the_codes_basis():
-    rows, smooth = along_few(300, rest=0.05), drawn(256, seed=5).abs() + 0.2
-    for rotation, m in ((no_rotation(), None), (convrot(256), smooth)):
+    smooth = drawn(256, seed=5).abs() + 0.2
+    for rotation, m, tokens in ((no_rotation(), None, 300), (convrot(256), smooth, 300), (convrot(256), smooth, 100)):
+        rows = along_few(tokens, rest=0.05)
         turned = rotation.apply(rows if m is None else rows * m)
         down = principal_directions(turned, 8, rotation, m).float()
         across = rotation.apply(down if m is None else down * m)
