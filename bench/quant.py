@@ -219,14 +219,21 @@ class Tiny:
         found = self.latent(model, len(exact))
         return relative_errors(found, exact).tolist()
 
+    def figures(self, model, exact: torch.Tensor) -> list[str]:
+        """Velocity SQNR at both guidances and the mean of `distances`, the columns of `figure_names`."""
+        decibels = [f"{self.velocity(model, cfg):.1f}" for cfg in (CFG, 1.0)]
+        return [*decibels, f"{sum(self.distances(model, exact)) / len(exact):.4f}"]
+
+
+def figure_names(seeds: int) -> list[str]:
+    return [f"velocity_sqnr_db_cfg_{CFG:g}", "velocity_sqnr_db_cfg_1", f"latent_error_mean_of_{seeds}"]
+
 
 def model_part(tiny: Tiny, seeds: int) -> None:
     exact, rows = tiny.latent(tiny.runs.model, seeds), [["fp32", "", "", "", "32.00", tiny.runs.model.model_size(), "", "", "0"]]
 
     def measured(name: str, model, method: str, group: str, rounding: str) -> None:
-        errors = tiny.distances(model, exact)
-        guided, single = (f"{tiny.velocity(model, cfg):.1f}" for cfg in (CFG, 1.0))
-        rows.append([name, method, group, rounding, _bits(model), model.model_size(), guided, single, f"{sum(errors) / seeds:.4f}"])
+        rows.append([name, method, group, rounding, _bits(model), model.model_size(), *tiny.figures(model, exact)])
 
     for (weight_bits, act_bits, method, group), rounding in itertools.product(SETTINGS, ROUNDINGS):
         model, report = tiny.quantised(weight_bits, act_bits, method, group, rounding=rounding)
@@ -241,8 +248,8 @@ def model_part(tiny: Tiny, seeds: int) -> None:
                 measured(f"W8A8, {count} of {len(quantised_parts(kept))} layers kept", kept, method, group, rounding)
             measured("W8A16", tiny.quantised("8", "16", method, group)[0], method, group, rounding)
             _layers(report, shares)
-    header = ["model", "method", "group", "rounding", "bits_per_weight", "bytes", f"velocity_sqnr_db_cfg_{CFG:g}", "velocity_sqnr_db_cfg_1"]
-    write_table("quant_model", [*header, f"latent_error_mean_of_{seeds}"], rows)
+    header = ["model", "method", "group", "rounding", "bits_per_weight", "bytes"]
+    write_table("quant_model", [*header, *figure_names(seeds)], rows)
 
 
 def rows_part(tiny: Tiny, seeds: int) -> None:
@@ -250,10 +257,8 @@ def rows_part(tiny: Tiny, seeds: int) -> None:
     exact, rows = tiny.latent(tiny.runs.model, seeds), []
     for count in ROWS:
         model, _ = tiny.quantised("4", "8", "tlq", "32", stats=tiny.calibrated(count), rounding="compensated")
-        guided, single = (f"{tiny.velocity(model, cfg):.1f}" for cfg in (CFG, 1.0))
-        rows.append([count, guided, single, f"{sum(tiny.distances(model, exact)) / seeds:.4f}"])
-    header = ["rows", f"velocity_sqnr_db_cfg_{CFG:g}", "velocity_sqnr_db_cfg_1", f"latent_error_mean_of_{seeds}"]
-    write_table("quant_rows", header, rows)
+        rows.append([count, *tiny.figures(model, exact)])
+    write_table("quant_rows", ["rows", *figure_names(seeds)], rows)
 
 
 def directions_part(tiny: Tiny, seeds: int) -> None:
@@ -261,11 +266,10 @@ def directions_part(tiny: Tiny, seeds: int) -> None:
     for weight_bits, act_bits, rounding, counts in BESIDE:
         for count in counts:
             model, _ = tiny.quantised(weight_bits, act_bits, "tlq", "32", rounding=rounding, directions=count)
-            guided, single = (f"{tiny.velocity(model, cfg):.1f}" for cfg in (CFG, 1.0))
-            distance = f"{sum(tiny.distances(model, exact)) / seeds:.4f}"
-            rows.append([f"W{weight_bits}A{act_bits}", rounding, count, _bits(model), model.model_size(), guided, single, distance])
-    header = ["model", "rounding", "directions", "bits_per_weight", "bytes", f"velocity_sqnr_db_cfg_{CFG:g}", "velocity_sqnr_db_cfg_1"]
-    write_table("quant_directions", [*header, f"latent_error_mean_of_{seeds}"], rows)
+            name = f"W{weight_bits}A{act_bits}"
+            rows.append([name, rounding, count, _bits(model), model.model_size(), *tiny.figures(model, exact)])
+    header = ["model", "rounding", "directions", "bits_per_weight", "bytes"]
+    write_table("quant_directions", [*header, *figure_names(seeds)], rows)
 
 
 def _bits(model) -> str:
@@ -350,9 +354,7 @@ def train_part(tiny: Tiny, seeds: int, steps: int) -> None:
     )[0]
 
     def measured(name: str, taught: int, model, seconds: float) -> None:
-        errors = tiny.distances(model, exact)
-        guided, single = (f"{tiny.velocity(model, cfg):.1f}" for cfg in (CFG, 1.0))
-        rows.append([name, taught, guided, single, f"{sum(errors) / seeds:.4f}", f"{seconds:.0f}"])
+        rows.append([name, taught, *tiny.figures(model, exact), f"{seconds:.0f}"])
 
     for bits in TRAINED:
         name = "W{}A{}".format(*bits)
@@ -364,8 +366,7 @@ def train_part(tiny: Tiny, seeds: int, steps: int) -> None:
             checkpointing=False, cond_dropout=0.2, ema=0.9, save_every=0, validate_every=0,
         )  # fmt: skip
         measured(name, steps, learnt, time.process_time() - start)
-    header = ["model", "steps", f"velocity_sqnr_db_cfg_{CFG:g}", "velocity_sqnr_db_cfg_1", f"latent_error_mean_of_{seeds}"]
-    write_table("quant_train", [*header, "seconds"], rows)
+    write_table("quant_train", ["model", "steps", *figure_names(seeds), "seconds"], rows)
 
 
 def _factors(weight: torch.Tensor) -> tuple[tuple[int, int], tuple[int, int]]:

@@ -61,7 +61,8 @@ def compare(theirs, rounds: int) -> list[list]:
                 case()
                 times[name].append(1000 * (time.process_time() - start))
         size = f"1024 × {width} → {out}"
-        rows += [[size, name, f"{min(took):.1f}", f"{sorted(took)[len(took) // 2]:.1f}", peers_installed()] for name, took in times.items()]
+        for name, took in times.items():
+            rows.append([size, name, f"{min(took):.1f}", f"{sorted(took)[rounds // 2]:.1f}", rounds, peers_installed()])
     return rows
 
 
@@ -73,8 +74,8 @@ def main() -> None:
     from comfy_kitchen import int8_linear as theirs
 
     torch.set_num_threads(1)
-    rows = [[*row[:-1], given.rounds, row[-1]] for row in compare(theirs, given.rounds)]
-    write_table(f"quant_speed{given.suffix}", ["size", "layer", "least_ms", "median_ms", "rounds", "peers"], rows)
+    header = ["size", "layer", "least_ms", "median_ms", "rounds", "peers"]
+    write_table(f"quant_speed{given.suffix}", header, compare(theirs, given.rounds))
 
 
 if __name__ == "__main__":

@@ -8,12 +8,13 @@ from __future__ import annotations
 
 import inspect
 import math
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
 from ..errors import input_error
 
-__all__ = ["Input", "Output", "Node", "integer", "number", "boolean", "text", "choice", "socket", "seed_input"]
+__all__ = ["Input", "Output", "Node", "integer", "number", "boolean", "text", "choice", "socket", "seed_input", "steps_of"]
 
 
 @dataclass(frozen=True)
@@ -80,6 +81,19 @@ def socket(name: str, kind: str, tooltip: str, *, optional=False) -> Input:
 
 def seed_input(tooltip: str, name: str = "seed") -> Input:
     return _input(name, "INT", tooltip, False, False, default=0, min=0, max=0xFFFFFFFFFFFFFFFF, control_after_generate=True)
+
+
+def steps_of(total: int) -> Callable[[], None]:
+    """What a computation of `total` parts calls for each: it moves the running node's bar and raises where the person interrupts."""
+    from ..host import ProgressBar, throw_if_interrupted
+
+    bar = ProgressBar(total)
+
+    def step() -> None:
+        bar.update(1)
+        throw_if_interrupted()
+
+    return step
 
 
 class Node:

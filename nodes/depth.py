@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from .declare import Node, Output, choice, integer, number, seed_input, socket, text
+from .declare import Node, Output, choice, integer, number, seed_input, socket, steps_of, text
 from .pruning import (
     CALIBRATION,
     GROUP,
@@ -116,16 +116,11 @@ class RectiflowLayerProbe(Node):
     def run(self, model, positive, latent, tokens, ridge, max_run, seed, points=16, judge="students", **shown):
         from ..accel.prune.apply import stack_under
         from ..accel.prune.fitted_students import runs_to_judge
-        from ..host import CFGGuider, ProgressBar, throw_if_interrupted
+        from ..host import CFGGuider
         from ..train.prune_scores import probe_layers
 
         pool = calibration(model, positive, latent, seed=seed, **shown)
-        bar = ProgressBar(len(runs_to_judge(stack_under(model, self.TITLE), max_run)))
-
-        def step() -> None:
-            bar.update(1)
-            throw_if_interrupted()
-
+        step = steps_of(len(runs_to_judge(stack_under(model, self.TITLE), max_run)))
         stats = probe_layers(model, pool, CFGGuider, self.TITLE, max_run, ridge, points, tokens, judge, step)
         return (stats, stats.report(), cka_picture(stats))
 

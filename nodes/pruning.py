@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from .declare import Node, Output, boolean, choice, integer, number, seed_input, socket, text
+from .declare import Node, Output, boolean, choice, integer, number, seed_input, socket, steps_of, text
 
 GROUP = "pruning"
 MODEL = socket("model", "MODEL", "The whole model.")
@@ -71,16 +71,11 @@ class RectiflowPruneScore(Node):
         from ..accel.prune.apply import stack_under
         from ..accel.prune.depth_masks import patterns_like
         from ..accel.prune.select import protected
-        from ..host import CFGGuider, ProgressBar, throw_if_interrupted
+        from ..host import CFGGuider
         from ..train.prune_scores import ScoreRequest, score_blocks
 
         request, stack = ScoreRequest(method, remove, protect, points), stack_under(model, self.TITLE)
-        bar = ProgressBar(len(stack.blocks) * (2 if method == "outcome" else 1))
-
-        def step() -> None:
-            bar.update(1)
-            throw_if_interrupted()
-
+        step = steps_of(len(stack.blocks) * (2 if method == "outcome" else 1))
         scored = score_blocks(model, request, calibration(model, positive, latent, seed=seed, **shown), CFGGuider, self.TITLE, step)
         patterns = patterns_like(scored.plan.removed(stack), stack, protected(protect, stack, self.TITLE))
         plot = drawn(model, scored, f"{method} of each block", self.TITLE)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from ..errors import input_error
-from .declare import Node, Output, boolean, choice, integer, number, seed_input, socket, text
+from .declare import Node, Output, boolean, choice, integer, number, seed_input, socket, steps_of, text
 
 GROUP = "model patches"
 _MODEL = Output("MODEL", "model", "The model with quantised layers; the given one is unchanged.")
@@ -103,7 +103,6 @@ class RectiflowQuantize(Node):
         from ..accel.modules import NETWORK, own_weight
         from ..accel.quant.attach import chosen_layers, put_on
         from ..accel.quant.recipe import QuantScheme, quantised_layers, report_table
-        from ..host import ProgressBar, throw_if_interrupted
         from .compressed_files import with_changes
 
         scheme = QuantScheme(
@@ -111,7 +110,7 @@ class RectiflowQuantize(Node):
             "requant" if lora == "requant" else "bypass", seed, mode == "simulate", rounding, directions,
         )  # fmt: skip
         layers = chosen_layers(model, include, exclude, self.TITLE)
-        bar = ProgressBar(len(layers))
+        step = steps_of(len(layers))
 
         keys = {name: f"{NETWORK}{name}.weight" for name in layers}
         # A LoRA in front of a wrapper (a mask, say) cannot stay beside the codes, which have the wrapper in them.
@@ -122,10 +121,6 @@ class RectiflowQuantize(Node):
             if name not in inside:
                 return weight
             return changed_weight(model, layer, "weight", keys[name], weight.float(), lambda key, of: with_changes(model, key, of))
-
-        def step() -> None:
-            bar.update(1)
-            throw_if_interrupted()
 
         made, reports = quantised_layers(layers, weight_of, scheme, stats, self.TITLE, step)
         patched = put_on(model, made, inside, layers.__getitem__)
@@ -205,7 +200,7 @@ class RectiflowKeepSensitiveLayers(Node):
         from ..accel.quant.compare import recording_sampler
         from ..accel.quant.linear import FULL
         from ..accel.quant.sensitivity import calls_needed, sensitivity_sampler, sensitivity_table
-        from ..host import KSAMPLER, ProgressBar, fix_empty_latent_channels, prepare_noise, sample_custom, throw_if_interrupted
+        from ..host import KSAMPLER, fix_empty_latent_channels, prepare_noise, sample_custom
 
         if len(sigmas) < 2:
             raise input_error(self.TITLE, "sigmas", f"{len(sigmas)} values", "at least one step", "Link a schedule from 1 to 0.")
@@ -215,12 +210,7 @@ class RectiflowKeepSensitiveLayers(Node):
             raise input_error(self.TITLE, "model", "no layer that rounds activations", "a model with act_bits of 4, 6 or 8", remedy)
         latent = fix_empty_latent_channels(reference, latent_image["samples"])
         noise = prepare_noise(latent, seed)
-        bar = ProgressBar(calls_needed(len(sigmas) - 1, len(parts)))
-
-        def step() -> None:
-            bar.update(1)
-            throw_if_interrupted()
-
+        step = steps_of(calls_needed(len(sigmas) - 1, len(parts)))
         visited, found = [], []
         for which, sampler in (
             (reference, recording_sampler(visited)),

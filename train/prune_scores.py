@@ -190,15 +190,17 @@ def _recorded(gate: Dispatcher, ask: Callable, tokens: int, at: int) -> Recorder
 
 @dataclass(frozen=True)
 class Asked:
-    """A trainee at fixed points around its own samples: asked(held=True) at those that are held out alone, asked(held=False) at the others;
-    samples(): final latents of whole runs from other noise, CALL of them at most."""
+    """A trainee at fixed points around its own samples: asked(held=True) at `judged`, those held out, asked(held=False) at `shown`, the
+    others; samples(): final latents of whole runs from other noise, CALL of them at most."""
 
     trainee: Any
     calibration: Calibration
     fixed: list
+    shown: list
+    judged: list
 
     def __call__(self, held: bool | None = None) -> torch.Tensor:
-        return velocities(self.trainee, self.fixed if held is None else parted(self.fixed)[held])
+        return velocities(self.trainee, {None: self.fixed, False: self.shown, True: self.judged}[held])
 
     def samples(self) -> torch.Tensor:
         few = replace(self.calibration, count=min(self.calibration.count, CALL), seed=self.calibration.seed + 1)
@@ -215,7 +217,7 @@ def on_samples(
         pool = checked_pool(trainee, calibration, where)
         fixed = points(PoolData(pool, len(trainee.positive)), at, calibration.seed)
         with torch.no_grad():
-            measure(gate, Asked(trainee, calibration, fixed))
+            measure(gate, Asked(trainee, calibration, fixed, *parted(fixed)))
 
     inside(guider, gate_blocks(model, stack.blocks, gate), calibration, body)
 

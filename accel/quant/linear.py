@@ -182,15 +182,16 @@ class QuantLinear(nn.Module):
 
     def with_activations(self, act_bits: int, codes: torch.Tensor, bias: torch.Tensor | None) -> QuantLinear:
         """This layer with activations of other bits: it shares every tensor but the codes and bias given, (n, bytes) and (n,)."""
-        stored = self.stored.with_codes(codes)
-        made = QuantLinear(stored, bias, act_bits, self.rotation, self.smooth, self.lora, self.added, self.simulate, self.directions)
-        made.cut, made.full = self.cut, self.full
-        return made
+        return self._like(self.stored.with_codes(codes), bias, act_bits, self.directions)
 
     def with_directions(self, directions: Directions) -> QuantLinear:
         """This layer with directions of x beside its codes; it shares every tensor."""
-        bias = None if self.bias is None else self.bias.data
-        return QuantLinear(self.stored, bias, self.act_bits, self.rotation, self.smooth, self.lora, self.added, self.simulate, directions)
+        return self._like(self.stored, None if self.bias is None else self.bias.data, self.act_bits, directions)
+
+    def _like(self, stored: StoredWeight, bias: torch.Tensor | None, act_bits: int, directions: Directions | None) -> QuantLinear:
+        made = QuantLinear(stored, bias, act_bits, self.rotation, self.smooth, self.lora, self.added, self.simulate, directions)
+        made.cut, made.full = self.cut, self.full
+        return made
 
     # The basis of the codes and that of training
 
@@ -201,12 +202,12 @@ class QuantLinear(nn.Module):
         """The weight (n, k) float32 that the layer stands for, without what bypasses it."""
         weight = self.rotation.undo((stored or self.stored).numbers())
         weight = weight if self.smooth is None else weight * self.smooth
-        return weight if self.directions_down is None else weight + self.directions_residual.float() @ self._reading(torch.float32)
+        return weight if self.directions_down is None else weight + self._beside_codes()
 
     def requantised(self, weight: torch.Tensor, stored: StoredWeight | None = None) -> torch.Tensor:
         """Codes of another weight (n, k) on the same grids."""
         if self.directions_down is not None:  # what is beside the codes stays there
-            weight = weight - self.directions_residual.float() @ self._reading(torch.float32)
+            weight = weight - self._beside_codes()
         return (stored or self.stored).requantised(self.into_basis(weight))
 
     # What a patcher calls
@@ -265,6 +266,10 @@ class QuantLinear(nn.Module):
         for a, b in self._beside():
             out = _with_product(out, F.linear(x, a.to(x)) if len(a) else x, b.to(x))
         return out
+
+    def _beside_codes(self) -> torch.Tensor:
+        """What the codes lose along the directions, as a part of the weight (n, k) float32."""
+        return self.directions_residual.float() @ self._reading(torch.float32)
 
     def _reading(self, dtype: torch.dtype) -> torch.Tensor:
         """(r, k): x times its transpose is z."""

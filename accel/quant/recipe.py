@@ -179,7 +179,8 @@ def quantised_layer(
         exact = rows @ part.t()
         best = max(ways, key=lambda way: _output_db(exact, made(*way, part, None, rounds=1), rows))
     layer = made(*best, weight, bias)
-    return layer if inputs is None or inputs.spread_rows is None else _fitted(layer, weight, scheme, inputs.spread_rows)
+    rows = spread_rows(inputs)
+    return layer if rows is None or not (scheme.directions or scheme.compensates) else _fitted(layer, weight, scheme, rows)
 
 
 def _fitted(layer: QuantLinear, weight: torch.Tensor, scheme: QuantScheme, rows: torch.Tensor) -> QuantLinear:
@@ -199,9 +200,9 @@ def _fitted(layer: QuantLinear, weight: torch.Tensor, scheme: QuantScheme, rows:
     return layer.with_directions(Directions(down, residual))
 
 
-def has_rows(scheme: QuantScheme, inputs: LayerInputs | None) -> bool:
-    """Whether the codes of a layer are compensated: the scheme asks for it, and the calibration kept rows."""
-    return scheme.compensates and inputs is not None and inputs.spread_rows is not None
+def spread_rows(inputs: LayerInputs | None) -> torch.Tensor | None:
+    """Rows (r, k) over all calls of the calibration, where there is one that kept some."""
+    return None if inputs is None else inputs.spread_rows
 
 
 def layer_report(name: str, weight: torch.Tensor, layer: QuantLinear, inputs: LayerInputs | None) -> LayerReport:
@@ -237,7 +238,8 @@ def quantised_layers(
                 weight = weight_of(name).clone()
                 bias = None if layer.bias is None else layer.bias.data.clone()
                 found = quantised_layer(weight, bias, scheme, inputs, where)
-                report = replace(layer_report(name, weight, found, inputs), compensated=has_rows(scheme, inputs))
+                made_up = scheme.compensates and spread_rows(inputs) is not None
+                report = replace(layer_report(name, weight, found, inputs), compensated=made_up)
                 reason = _too_far(report, scheme.keep_below)
                 if not reason:
                     made[name] = found
