@@ -7,7 +7,7 @@ int32 holds 127²·k up to k = 133 000.
 
     reference   float64
     torch       torch's int8 product, on a CPU in chunks of rows that are scaled while they lie in the cache. A CPU without instructions for
-                it (VNNI) takes that of float32, which is thirty times as fast there as torch's loop over integers and the same numbers:
+                it (VNNI) takes that of float32, which is many times as fast there as torch's loop over integers and the same numbers:
                 sums are exact up to k = 1040, where they could reach 2^24, and to a float32's rounding beyond
     Triton      the same with the scales as its epilogue: int32 sums never leave the registers, where torch writes and reads 4·m·n bytes
 """

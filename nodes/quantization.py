@@ -90,7 +90,7 @@ class RectiflowQuantize(Node):
             "as many bytes, 2 dB nearer at 4 bits. auto: that, below 8 bits.", optional=True,
         ),
         integer("directions", 0, 0, 256, "Principal directions of each layer's input that are not rounded, by rows of stats. 16 gain 2 dB "
-            "at 8 bits for 1 % of a large model's bytes.", optional=True,
+            "at 8 bits for 1 to 2 % of a large model's bytes.", optional=True,
         ),
     )  # fmt: skip
     OUTPUTS = (_MODEL, _REPORT)

@@ -50,6 +50,6 @@ def test_sensitive_layers_are_kept(answers):
 
 
 def test_directions_beside_the_codes(answers):
-    """One block at W8A4 with a LoRA rounded into the codes; 2 dB measured on the embedded host."""
+    """One block at W8A4 with a LoRA rounded into the codes."""
     found = answers["tiny"]["directions"]
     assert found["gain"] > 1 and found["file"] == [True, True]
