@@ -1,7 +1,8 @@
 """Heads and neurons removed from the tiny model by six rules, at equal size and without any training after it; writes
-bench/results/prune_width.csv (quality) and prune_width_speed.csv (time of the narrow model). And MLPs as linear maps: prune_width_maps.csv.
+bench/results/prune_width.csv (quality) and prune_width_speed.csv (time of the narrow model). And MLPs as linear maps:
+prune_width_maps.csv; the text of runs of blocks: prune_width_text.csv.
 
-    python bench/prune_width.py [--part quality speed maps] [--iterations N] [--seeds N] [--betas 1.0,0.1]
+    python bench/prune_width.py [--part quality speed maps text] [--iterations N] [--seeds N] [--betas 1.0,0.1]
 
 Quality: 20 % of the weights of heads and 20 % of those of neurons go, to the nearest unit, by one ranking over all layers and by the same
 share of each. Measured: ‖ẑ_0 − z_0‖²/‖z_0‖² of final latents with prompts and noises that no rule has seen, against the whole model from
@@ -24,7 +25,7 @@ import torch
 from table import write_table
 
 STEPS, REMOVE = 6, 0.2
-PARTS = ("quality", "speed", "maps")
+PARTS = ("quality", "speed", "maps", "text")
 LEARN = (
     "twemoji rocket on black", "noto cat on white", "twemoji pizza on white", "noto dog on black", "twemoji car on white",
     "noto apple on white", "twemoji fish on black", "noto house on white", "twemoji sun on white", "noto star on black",
@@ -126,40 +127,68 @@ def speed(bench: Bench, scores, rounds: int) -> None:
     write_table("prune_width_speed", SPEED, rows)
 
 
-def maps(bench: Bench, steps: int) -> None:
-    """MLPs as linear maps, those with the least residual first, and what a LoRA of rank 16 takes back in `steps` steps of 4."""
-    from rectiflow import NODE_CLASS_MAPPINGS
-    from rectiflow.train.linear_mlps import MapRequest, linearise
+class Taught:
+    """A LoRA of rank 16 on every layer, towards the whole model, `steps` steps of 4 on its own samples."""
 
-    tiny, rows, whole = bench.tiny, [], bench.tiny.model.model_size()
+    def __init__(self, bench: Bench, steps: int):
+        tiny, self.steps, self.tiny = bench.tiny, steps, bench.tiny
+        clean = tiny.sample(list(LEARN), tiny.noise(range(500, 500 + len(LEARN))), steps=STEPS * 2)
+        self.data = self.run("RectiflowLatentDataset", latents={"samples": clean}, positive=bench.prompts)[0]
+        self.target = self.run(
+            "RectiflowTrainTarget", kind="teacher_velocity", teacher=tiny.model, teacher_cfg=1.0, anneal_steps=1, annealing="linear"
+        )[0]
+        self.params = self.run("RectiflowTrainParams", kind="lora", rank=16, alpha=0.0, include="", exclude="", blocks="")[0]
 
-    def measured(streams: str, count: int, done, model, taught: int) -> None:
-        errors = [f"{relative(bench.final(model, cfg), wanted):.4f}" for cfg, wanted in bench.whole.items()]
-        last = done.exchanged[-1]
-        rows.append((streams, count, last, f"{done.residuals[last]:.3f}", f"{model.model_size() / whole:.3f}", taught, *errors))
+    def run(self, node: str, **inputs):
+        from rectiflow import NODE_CLASS_MAPPINGS
 
-    def run(node: str, **inputs):
         return NODE_CLASS_MAPPINGS[node]().execute(**inputs)
 
-    clean = tiny.sample(list(LEARN), tiny.noise(range(500, 500 + len(LEARN))), steps=STEPS * 2)
-    data = run("RectiflowLatentDataset", latents={"samples": clean}, positive=bench.prompts)[0]
-    target = run(
-        "RectiflowTrainTarget", kind="teacher_velocity", teacher=tiny.model, teacher_cfg=1.0, anneal_steps=1, annealing="linear"
-    )[0]
-    params = run("RectiflowTrainParams", kind="lora", rank=16, alpha=0.0, include="", exclude="", blocks="")[0]
+    def model(self, model, name: str):
+        return self.run(
+            "RectiflowTrain", model=model, data=self.data, params=self.params, target=self.target, steps=self.steps, batch=4, name=name,
+            negative=self.tiny.conditioning(""), dtype="fp32", checkpointing=False, cond_dropout=0.2, ema=0.9, save_every=0,
+            validate_every=0,
+        )[0]  # fmt: skip
+
+
+def maps(bench: Bench, steps: int) -> None:
+    """MLPs as linear maps, those with the least residual first, and what training takes back."""
+    from rectiflow.train.linear_mlps import MapRequest, linearise
+
+    tiny, rows, whole, taught = bench.tiny, [], bench.tiny.model.model_size(), Taught(bench, steps)
+
+    def measured(streams: str, count: int, done, model, steps: int) -> None:
+        errors = [f"{relative(bench.final(model, cfg), wanted):.4f}" for cfg, wanted in bench.whole.items()]
+        last = done.exchanged[-1]
+        rows.append((streams, count, last, f"{done.residuals[last]:.3f}", f"{model.model_size() / whole:.3f}", steps, *errors))
+
     for streams, counts in (("image", (1, 2, 3)), ("both", (4, 5, 6))):
         for count in counts:
             done = linearise(tiny.model, MapRequest(count, streams, 32, 8192), bench.shown(0), bench.services.guider, "bench")
             measured(streams, count, done, done.model, 0)
             if count in (3, 6):
-                learnt, *_ = run(
-                    "RectiflowTrain", model=done.model, data=data, params=params, target=target, steps=steps, batch=4, name=f"maps {count}",
-                    negative=tiny.conditioning(""), dtype="fp32", checkpointing=False, cond_dropout=0.2, ema=0.9, save_every=0,
-                    validate_every=0,
-                )  # fmt: skip
-                measured(streams, count, done, learnt, steps)
+                measured(streams, count, done, taught.model(done.model, f"maps {count}"), steps)
     header = ("streams", "maps", "last", "its residual", "share of bytes", "steps of training", "error", "error cfg 3")
     write_table("prune_width_maps", header, rows)
+
+
+def text(bench: Bench, steps: int, seeds: int) -> None:
+    """The text of every run of double blocks as linear maps, and what training takes back."""
+    from rectiflow.train.text_runs import TextRequest, linearise_text
+
+    tiny, rows, whole, taught = bench.tiny, [], bench.tiny.model.model_size(), Taught(bench, steps)
+    for seed in range(seeds):
+        shown, guider = bench.shown(seed), bench.services.guider
+        said = {judge: linearise_text(tiny.model, TextRequest(judge=judge), shown, guider, "bench") for judge in ("maps", "velocity")}
+        for name in said["maps"].losses:
+            model = linearise_text(tiny.model, TextRequest(name), shown, guider, "bench").model
+            for count, each in ((0, model), (steps, taught.model(model, f"text {name} {seed}"))):
+                errors = [f"{relative(bench.final(each, cfg), wanted):.4f}" for cfg, wanted in bench.whole.items()]
+                judged = [f"{said[judge].losses[name]:.4f}" for judge in ("maps", "velocity")]
+                rows.append((name, seed, *judged, f"{model.model_size() / whole:.3f}", count, *errors))
+    header = ("run", "seed", "unsaid by its maps", "velocity error", "share of bytes", "steps of training", "error", "error cfg 3")
+    write_table("prune_width_text", header, rows)
 
 
 def main() -> None:
@@ -182,6 +211,8 @@ def main() -> None:
         bench = Bench(TinyRuns(host), host_services(), given.iterations)
         if "maps" in given.part:
             maps(bench, given.steps)
+        if "text" in given.part:
+            text(bench, given.steps, given.seeds)
         if not {"quality", "speed"} & set(given.part):
             return
         magnitude = bench.scored("magnitude", 0)

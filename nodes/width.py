@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from .declare import Node, Output, boolean, choice, integer, number, seed_input, socket, text
+from .declare import Node, Output, boolean, choice, integer, number, seed_input, socket, steps_of, text
 
 GROUP = "pruning"
 _MODEL = socket("model", "MODEL", "The model at full width.")
@@ -280,3 +280,46 @@ class RectiflowWidthToLinear(Node):
         pool = calibration(model, positive, latent, seed=seed, **shown)
         done = linearise(model, MapRequest(count, streams, points, tokens), pool, CFGGuider, self.TITLE)
         return (done.model, done.report, bar_chart(done.residuals, set(done.exchanged), "unsaid by a linear map"))
+
+
+class RectiflowTextToLinear(Node):
+    """Exchanges the text of neighbouring double blocks for linear maps: what the picture reads of it stays, the rest goes (PPCL)."""
+
+    TITLE = "Text to Linear"
+    GROUP = GROUP
+    SEARCH_ALIASES = ["ppcl", "text stream pruning", "mmdit", "qwen image pruning", "smaller model"]
+    INPUTS = (
+        socket("model", "MODEL", "Flux, HunyuanVideo, SD3 or Qwen-Image in 16 or 32 bits; blocks may be left out."),
+        _POSITIVE, _LATENT,
+        integer("count", 1, 1, 1000, "Blocks that read another's text: a run of three has two. Those that lose least."),
+        integer("max_run", 6, 2, 1000, "Blocks that a run has at most."),
+        text("runs", "", "Runs of your own among the double blocks, such as 1-2, 4-6. Empty: chosen by count."),
+        choice("judge", ("velocity", "maps"), "velocity: what the model's answer loses with a run's maps. maps: what they leave unsaid of "
+            "the text, as published; quicker."),
+        seed_input("Of the samples."),
+        socket("negative", "CONDITIONING", "What you guide away from: its text is measured too. Link it if cfg is above 1.", optional=True),
+        integer("samples", 16, 1, 4096, "Pictures that the model draws to be measured on.", optional=True, advanced=True),
+        integer("sample_steps", 12, 1, 200, "Euler steps of each of these.", optional=True, advanced=True),
+        number("cfg", 1.0, 0.0, 100.0, "Guidance of these samples.", step=0.1, optional=True, advanced=True),
+        integer("points", 32, 4, 1024, "Places of the flow where the model is asked; a quarter judges.", optional=True, advanced=True),
+        integer("tokens", 8192, 16, 1048576, "Tokens of each block that maps are fitted to; more than its channels, and on the CPU.",
+            optional=True, advanced=True,
+        ),
+    )  # fmt: skip
+    OUTPUTS = (
+        Output("MODEL", "model", "The model with maps; Train takes back what they lost, Save Compressed keeps them."),
+        Output("STRING", "report", "What each run loses, and sizes; link it to Preview Any."),
+        Output("IMAGE", "plot", "What every run loses as bars, orange what is linear now."),
+    )
+
+    def run(self, model, positive, latent, count, max_run, runs, judge, seed, points=32, tokens=8192, **shown):
+        from ..host import CFGGuider
+        from ..metrics.bars import bar_chart
+        from ..train.text_runs import TextRequest, linearise_text
+        from .pruning import calibration
+
+        pool = calibration(model, positive, latent, seed=seed, **shown)
+        request = TextRequest(runs, count, max_run, judge, points, tokens)
+        done = linearise_text(model, request, pool, CFGGuider, self.TITLE, steps_of)
+        title = "velocity error of runs of linear text" if judge == "velocity" else "unsaid by the maps of a run's text"
+        return (done.model, done.report, bar_chart(done.losses, {f"{run.first}-{run.last}" for run in done.runs}, title))

@@ -16,6 +16,11 @@ NOTES = {
         "of the model's own samples; a LoRA then learns what the whole model does there. Change **count** and **streams**; the report says "
         "what each map leaves unsaid. The saved file holds the maps and what was learnt."
     ),
+    "text_to_linear": (
+        "Of the three double blocks one, then two, read the text of the block before them through linear maps; their own modulation, "
+        "projection and MLP of the text go. Change **count** and **runs**; the report says what each run loses. Maps know the prompts that "
+        "they were fitted to: combine many. The model with one is saved and loaded again."
+    ),
     "quantize_and_train": (
         "Weights of 2 bits, and a LoRA that learns beside them what the whole model does there, from eight of its own samples. The "
         "saved file holds codes and LoRA. Change **weight_bits** to 3, **steps**, and the prompt; eight samples of one prompt teach "

@@ -16,13 +16,15 @@ from torch import nn
 
 from ...errors import input_error
 from ...families.stack import COUNTED_BY_WIDTH, depth_is_counted, stack_of
+from ...families.text import TEXT_FAMILIES
 from ...families.width import width_groups
 from ..modules import NETWORK
 from ..prune.apply import ATTACHMENT as PLAN
-from ..prune.apply import SkipBlock
+from ..prune.apply import TEXT_RUNS, SkipBlock
 from ..prune.compact import LayerCut, layer_cuts, narrow_layer
 from ..prune.linear_mlps import LinearMlp, linear_like
 from ..prune.plan import PrunePlan
+from ..prune.text_runs import place_text_run
 from ..prune.width import check_width
 from .manifest import DTYPES, Manifest
 from .reading import Loaded
@@ -30,7 +32,7 @@ from .writing import ATTACHMENT
 
 __all__ = ["built_model"]
 
-MOVED = ("quant", "width", "fields", "low_rank", "maps")  # what a manifest has by the names of layers
+MOVED = ("quant", "width", "fields", "low_rank", "maps", "text_runs", "gone")  # what a manifest has by the names of layers
 Make = Callable[[dict[str, torch.Tensor]], Any]
 
 
@@ -62,6 +64,7 @@ def built_model(loaded: Loaded, make: Make, where: str, compact: bool = False) -
         _place_blocks(network, loaded, where)
         for path in manifest.maps:
             _place_map(network, path, loaded)
+        _place_text_runs(network, loaded, where)
         cuts = _cuts(network, loaded, where)
         for path, fields in manifest.fields.items():
             _set_fields(network.get_submodule(path), path, fields)
@@ -90,6 +93,8 @@ def _with_manifest(model: Any, manifest: Manifest, plan: PrunePlan | None) -> An
     model.set_attachments(ATTACHMENT, manifest)
     if plan is not None:
         model.set_attachments(PLAN, plan)
+    if manifest.text_runs:
+        model.set_attachments(TEXT_RUNS, manifest.text_runs)
     return model
 
 
@@ -103,6 +108,7 @@ def _compacted(model: Any, loaded: Loaded, where: str) -> Any:
         setattr(network, holder, nn.ModuleList(block for block in getattr(network, holder) if not isinstance(block, SkipBlock)))
     stored = loaded.manifest.numbering.stored
     moved = {part: {stored(n): v for n, v in getattr(loaded.manifest, part).items()} for part in MOVED}
+    moved["text_runs"] = {first: stored(last) for first, last in moved["text_runs"].items()}
     return _with_manifest(model, replace(loaded.manifest, counts={}, kept={}, plan="", **moved), None)
 
 
@@ -111,7 +117,7 @@ def _state(loaded: Loaded) -> dict[str, torch.Tensor]:
     manifest, dtype = loaded.manifest, DTYPES[loaded.manifest.dtype]
     own = tuple(f"{path}." for path in manifest.maps)
     state = {key: tensor for key, tensor in loaded.plain.items() if not key.startswith(own)}
-    for path, shapes in manifest.maps.items():
+    for path, shapes in (manifest.maps | manifest.gone).items():
         state |= {f"{path}.{part}": torch.zeros((1,) * len(shape), dtype=dtype).expand(shape) for part, shape in shapes.items()}
     full = {name: (form.rows, form.columns) for name, form in manifest.quant.items()}
     full |= {name: (sizes["rows"], sizes["columns"]) for name, sizes in manifest.width.items()}
@@ -198,6 +204,15 @@ def _place_map(network: nn.Module, path: str, loaded: Loaded) -> None:
     if weight is None:  # its codes are placed with the others
         weight = torch.zeros(1, 1).expand(stored)
     setattr(parent, last, LinearMlp(linear_like(linear[-1], weight, bias)))
+
+
+def _place_text_runs(network: nn.Module, loaded: Loaded, where: str) -> None:
+    if not loaded.manifest.text_runs:
+        return
+    stack = stack_of(network, where)
+    by_path = {block.path: block for block in stack.blocks}
+    for first, last in loaded.manifest.text_runs.items():
+        place_text_run(network, by_path[first], by_path[last], TEXT_FAMILIES[stack.family])
 
 
 def _place(network: nn.Module, name: str, layer: nn.Module, loaded: Loaded) -> None:

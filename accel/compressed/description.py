@@ -21,6 +21,9 @@ def describe(loaded: Loaded) -> str:
         lines.append(f"{len(manifest.width)} layers are narrower than the whole model's")
     if manifest.maps:
         lines.append(f"{len(manifest.maps)} MLPs are linear maps: {', '.join(manifest.maps)}")
+    if manifest.text_runs:
+        runs = ", ".join(f"{first} to {last}" for first, last in manifest.text_runs.items())
+        lines.append(f"text is linear over {len(manifest.text_runs)} runs of blocks: {runs}")
     if loaded.low_rank:
         ranks = sorted({layer.rank for layer in loaded.low_rank.values()})
         held = sum(layer.nbytes for layer in loaded.low_rank.values())

@@ -13,7 +13,8 @@ kept: blocks of a holder that are in the file, where some are not; tensors of th
 linear layer that is stored narrower. fields: whole numbers that a narrowed block counts with. low_rank, left out where there is none:
 layers that are two factors and a matrix shared by their group, stored with its first layer; group 0 has none. maps, left out where there
 is none: MLPs that are one linear map, stored as its layer `map`, with the shapes of the weights that stood there,
-{"double_blocks.0.img_mlp": {"0.weight": [1024, 256], …}}.
+{"double_blocks.0.img_mlp": {"0.weight": [1024, 256], …}}. text_runs, likewise: runs of blocks whose text is linear, first block to last,
+{"double_blocks.1": "double_blocks.2"}; gone: modules that such a run does without, with the shapes of their weights, as in maps.
 """
 
 from __future__ import annotations
@@ -44,7 +45,7 @@ LONGEST = 64 << 20
 LARGEST = 1 << 24  # channels
 NARROWEST = 64  # a stored side is at least this share of the full one: the network is built at full size before it is narrowed
 DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
-OPTIONAL = ("low_rank", "maps")  # fields that are left out where they are empty
+OPTIONAL = ("low_rank", "maps", "text_runs", "gone")  # fields that are left out where they are empty
 DIRECTIONS = "directions"  # of a layer, likewise
 HASH = re.compile(r"[0-9a-f]{16}")
 
@@ -145,6 +146,8 @@ class Manifest:
     plan: str = ""
     low_rank: dict[str, dict[str, int]] = field(default_factory=dict)
     maps: dict[str, dict[str, tuple[int, ...]]] = field(default_factory=dict)
+    text_runs: dict[str, str] = field(default_factory=dict)
+    gone: dict[str, dict[str, tuple[int, ...]]] = field(default_factory=dict)
 
     @property
     def first_of_group(self) -> dict[int, str]:
@@ -200,13 +203,15 @@ class Manifest:
             raise ManifestError(f"dtype is {found['dtype'][:50]!r}; known are {', '.join(DTYPES)}")
         if not HASH.fullmatch(found["base_sha256_16"]):
             raise ManifestError("base_sha256_16 must be a hash of 16 hexadecimal digits")
+        if not all(isinstance(last, str) for last in found["text_runs"].values()):
+            raise ManifestError("text_runs must name the last block of each run")
         checked = {
             "quant": {name: _layer(name, fields) for name, fields in found["quant"].items()},
             "kept": _kept(found["counts"], found["kept"]),
             "width": {name: _numbers(name, sizes, ("rows", "columns")) for name, sizes in found["width"].items()},
             "fields": {name: _numbers(name, counts) for name, counts in found["fields"].items()},
             "low_rank": {name: _factors(name, sizes) for name, sizes in found["low_rank"].items()},
-            "maps": {name: _shapes(name, stood) for name, stood in found["maps"].items()},
+            **{part: {name: _shapes(name, stood) for name, stood in found[part].items()} for part in ("maps", "gone")},
         }
         return cls(**{**found, **checked})
 
@@ -249,7 +254,7 @@ def _factors(name: str, found: Any) -> dict[str, int]:
 
 def _shapes(name: str, found: Any) -> dict[str, tuple[int, ...]]:
     if not isinstance(found, dict) or not found or not all(isinstance(shape, list) and 1 <= len(shape) <= 2 for shape in found.values()):
-        raise ManifestError(f"{name[:100]} must have shapes of the weights that its map stands for")
+        raise ManifestError(f"{name[:100]} must have shapes of the weights that stood there")
     return {part: tuple(_whole(side, 1, LARGEST, f"{part[:50]} of {name[:100]}") for side in shape) for part, shape in found.items()}
 
 

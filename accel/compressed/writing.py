@@ -25,9 +25,10 @@ from ..modules import NETWORK, own_weight, seen_modules
 from ..prune.apply import SkipBlock, plan_of
 from ..prune.compact import NarrowWeights
 from ..prune.identity import model_hash, original_module
-from ..prune.linear_mlps import LinearMlp
+from ..prune.linear_mlps import LinearMlp, NoText
 from ..prune.low_rank import LowRankLinear
 from ..prune.students import StudentBlock
+from ..prune.text_runs import RunModulation, text_runs_of
 from ..quant.linear import QuantLinear, factors, product
 from .manifest import DTYPES, METADATA, TENSOR, LayerFormat, Manifest, core_marker, dtype_name, widest_dtype
 
@@ -142,16 +143,18 @@ def _manifest(
     origin = model_hash(model) if known is None else known.base_sha256_16
     built = {"kind": base} if known is None else known.base
     text = "" if plan is None else plan.to_json()
-    maps = {**(known.maps if known is not None else {}), **_replaced(model, modules)}
-    return Manifest(arch, built, origin, dtype, quant, counts, kept, width, fields, text, low_rank, maps)
+    maps = {**(known.maps if known is not None else {}), **_replaced(model, modules, LinearMlp)}
+    gone = {**(known.gone if known is not None else {}), **_replaced(model, modules, (NoText, RunModulation))}
+    gone |= {name: maps.pop(name) for name in list(maps) if isinstance(modules.get(name), NoText)}  # a map gave way to a run's
+    return Manifest(arch, built, origin, dtype, quant, counts, kept, width, fields, text, low_rank, maps, dict(text_runs_of(model)), gone)
 
 
-def _replaced(model: Any, modules: Mapping[str, nn.Module]) -> dict[str, dict[str, tuple[int, ...]]]:
-    """MLPs that this clone has maps for → the shapes of their own weights."""
-    own = {name: original_module(model, name) for name, module in modules.items() if isinstance(module, LinearMlp)}
+def _replaced(model: Any, modules: Mapping[str, nn.Module], kind: type | tuple[type, ...]) -> dict[str, dict[str, tuple[int, ...]]]:
+    """Modules of this clone of one kind → the shapes of the weights that stood there."""
+    own = {name: original_module(model, name) for name, module in modules.items() if isinstance(module, kind)}
     return {
-        name: {part: tuple(value.shape) for part, value in mlp.named_parameters()}
-        for name, mlp in own.items() if not isinstance(mlp, LinearMlp)
+        name: {part: tuple(value.shape) for part, value in module.named_parameters()}
+        for name, module in own.items() if not isinstance(module, (LinearMlp, NoText, RunModulation))
     }  # fmt: skip
 
 

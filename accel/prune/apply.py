@@ -18,9 +18,10 @@ from ..modules import bytes_of, seen_bytes
 from .identity import NETWORK, model_hash, original_module
 from .plan import PrunePlan
 
-__all__ = ["ATTACHMENT", "SkipBlock", "apply_plan", "bytes_of", "plan_of", "size_change", "without_plan"]
+__all__ = ["ATTACHMENT", "TEXT_RUNS", "SkipBlock", "apply_plan", "bytes_of", "exchange", "plan_of", "size_change", "without_plan"]
 
 ATTACHMENT = "rectiflow_prune_plan"
+TEXT_RUNS = "rectiflow_text_runs"  # path of a run's first block → path of its last, where the text of a run is linear (text_runs.py)
 
 
 class SkipBlock(nn.Module):
@@ -57,26 +58,29 @@ def apply_plan(model: Any, plan: PrunePlan, where: str, students: Mapping[str, n
 
     Args:
         students: path of a run's first block → trained block. Runs without one keep their first block as it was.
-    Raises: NodeInputError for another model's plan, or a second one.
+    Raises: NodeInputError for another model's plan, a second one, and a model with text that is linear over a run of blocks.
     """
     if plan_of(model) is not None:
         remedy = "Apply one plan that has both, or link the model before it."
         raise input_error(where, "model", "a model with a plan on it", "a model without one", remedy)
+    if model.get_attachment(TEXT_RUNS):
+        remedy = "Link Text to Linear behind this node."
+        raise input_error(where, "model", "blocks that read the text of another one", "blocks with text of their own", remedy)
     stack = stack_under(model, where)
     plan.check(stack, model_hash(model), where)
     patched = model.clone()
     size = patched.model_size()
     for block in plan.removed(stack):
-        size += _exchange(patched, block.path, SkipBlock(block))
+        size += exchange(patched, block.path, SkipBlock(block))
     for path, student in (students or {}).items():
-        size += _exchange(patched, path, student)
+        size += exchange(patched, path, student)
     patched.size = size
     patched.set_attachments(ATTACHMENT, plan)
     patched.patches_uuid = uuid.uuid4()  # an object patch alone does not tell the host that the network changes
     return patched
 
 
-def _exchange(patched: Any, path: str, module: nn.Module) -> int:
+def exchange(patched: Any, path: str, module: nn.Module) -> int:
     """Put `module` at `path`; returns by how many bytes the model grows."""
     name, before = NETWORK + path, seen_bytes(patched, path)
     for inner in [other for other in patched.object_patches if other.startswith(f"{name}.")]:

@@ -24,7 +24,7 @@ from .apply import plan_of, stack_under
 from .identity import original_part
 from .probes import few_tokens, ridge_map
 
-__all__ = ["STREAMS", "LinearMlp", "MlpTokens", "fitted_map", "linear_parts", "mlp_paths", "put_layer",
+__all__ = ["STREAMS", "LinearMlp", "MlpTokens", "NoText", "fitted_map", "linear_parts", "mlp_paths", "put_layer",
            "with_learnt", "with_maps"]  # fmt: skip
 
 STREAMS = ("both", "image", "text")
@@ -41,6 +41,13 @@ class LinearMlp(nn.Module):
 
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         return self.map(x)
+
+
+class NoText(nn.Module):
+    """x → zeros of its shape, where a block's text is changed by a map of its run alone (text_runs.py)."""
+
+    def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        return torch.zeros_like(x)
 
 
 def linear_parts(model: Any) -> dict[str, LinearMlp]:
@@ -64,7 +71,7 @@ def mlp_paths(model: Any, where: str) -> dict[str, str]:
         path = _holder([span.layer for span in (*group.rows, *group.columns)])
         while isinstance(seen.get(path), nn.ModuleList):
             path = path.rpartition(".")[0]
-        if path == group.path or path not in seen or isinstance(seen[path], LinearMlp):
+        if path == group.path or path not in seen or isinstance(seen[path], (LinearMlp, NoText)):
             continue
         layers = [module for name, module in seen.items() if name.startswith(f"{path}.") and isinstance(module, nn.Linear)]
         if len(layers) < 2:

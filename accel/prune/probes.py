@@ -47,12 +47,14 @@ def linear_cka(a: Tensor, b: Tensor) -> float:
     return float((b.T @ a).square().sum() / scale) if scale > 0 else 1.0
 
 
-def ridge_map(inputs: Tensor, outputs: Tensor, ridge: float) -> Tensor:
-    """The map of inputs (n, d) to outputs (n, e) with a bias row, (d + 1, e) float64; the bias is not shrunk."""
-    h = torch.cat((inputs.double(), inputs.new_ones(len(inputs), 1, dtype=torch.float64)), dim=1)
+def ridge_map(inputs: Tensor, outputs: Tensor, ridge: float, weigh: Tensor | None = None) -> Tensor:
+    """The map of inputs (n, d) to outputs (n, e) with a bias row, (d + 1, e) float64; the bias is not shrunk. weigh (n, 1): of rows."""
+    h, wanted = torch.cat((inputs.double(), inputs.new_ones(len(inputs), 1, dtype=torch.float64)), dim=1), outputs.double()
+    if weigh is not None:
+        h, wanted = h * weigh, wanted * weigh
     gram = h.T @ h
     gram.diagonal()[:-1] += ridge * float(gram.diagonal()[:-1].mean())
-    return torch.linalg.lstsq(gram, h.T @ outputs.double(), driver="gelsd").solution
+    return torch.linalg.lstsq(gram, h.T @ wanted, driver="gelsd").solution
 
 
 def fit_probe(inputs: Tensor, outputs: Tensor, ridge: float) -> Tensor:

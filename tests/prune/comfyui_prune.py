@@ -6,6 +6,7 @@ Started by test_prune_in_comfyui.py with the pack's folder and a folder for file
 from __future__ import annotations
 
 import dataclasses
+import importlib
 import json
 import sys
 from pathlib import Path
@@ -13,7 +14,7 @@ from pathlib import Path
 OUTPUT = sys.argv[2]  # ComfyUI reads the arguments next
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "samplers"))
 
-from comfyui_editing import FAMILIES, FLUX, SD3, WAN, Toy, load_pack  # noqa: E402  starts ComfyUI on the CPU
+from comfyui_editing import FAMILIES, FLUX, HUNYUAN, QWEN, SD3, WAN, Toy, load_pack  # noqa: E402  starts ComfyUI on the CPU
 
 import torch  # noqa: E402  isort: skip
 import comfy.samplers  # noqa: E402  isort: skip
@@ -24,6 +25,10 @@ DEEPER = {
     "Flux": {**FLUX, "depth": 3, "depth_single_blocks": 3}, "SD3": {**SD3, "depth": 4, "context_embedder_config": WIDER},
     "Wan": {**WAN, "num_layers": 4},
 }  # fmt: skip
+WITH_TEXT = {
+    "Flux": DEEPER["Flux"], "SD3": DEEPER["SD3"], "HunyuanVideo": {**HUNYUAN, "depth": 3}, "Qwen-Image": {**QWEN, "num_layers": 3},
+    "Wan": DEEPER["Wan"],
+}  # fmt: skip
 HOLDER = {"Flux": "single_blocks", "SD3": "joint_blocks", "Wan": "blocks"}
 GONE = 1
 STEPS = {"steps": 2, "batch": 2}
@@ -33,9 +38,9 @@ SHOWN = {"samples": 2, "sample_steps": 2, "cfg": 1.0}
 class Case:
     """One family, its nodes, and what they are given."""
 
-    def __init__(self, nodes: dict, name: str):
+    def __init__(self, nodes: dict, name: str, sizes: dict):
         self.nodes, self.name = nodes, name
-        self.toy = Toy(nodes, dataclasses.replace(FAMILIES[name], sizes=DEEPER[name]), 0.1)
+        self.toy = Toy(nodes, dataclasses.replace(FAMILIES[name], sizes=sizes), 0.1)
         self.model = self.toy.model
         self.base = {"positive": self.toy.target, "latent": {"samples": self.toy.picture}, "seed": 1, **SHOWN}
 
@@ -101,13 +106,55 @@ class Case:
         }  # fmt: skip
 
 
+    def text(self) -> dict:
+        """Blocks 1 and 2 with text that stays as it is, behind modulations that do not know the time: what 2 reads is affine in what 1
+        does. As patches, so that they lie on the weights only while the host runs."""
+        pack = self.nodes["RectiflowTextToLinear"].__module__.rsplit(".nodes.", 1)[0]
+        parts = importlib.import_module(f"{pack}.families.text").TEXT_FAMILIES.get(self.name)
+        given = {"negative": self.toy.empty, "count": 1, "max_run": 4, "runs": "1-2", "judge": "velocity", "points": 96, "tokens": 4096}
+        given |= self.base
+        if parts is None:
+            try:
+                self.run("TextToLinear", model=self.model, **given)
+            except ValueError as refusal:
+                return {"refused": str(refusal)}
+        whole, away = self.draw(self.model), {}
+        self.model.detach()
+        for number in (1, 2):
+            block = self.model.model.diffusion_model.get_submodule(f"{parts.holder}.{number}")
+            layers = dict(block.named_modules())
+            last = [name for name, layer in layers.items() if name.startswith(parts.mlp) and isinstance(layer, torch.nn.Linear)][-1]
+            made = [name for name, layer in layers.items() if name.startswith(parts.modulation) and isinstance(layer, torch.nn.Linear)]
+            for name in (parts.proj, last, *made):
+                for part in ("weight", "bias")[: 1 if name in made else 2]:
+                    key = f"diffusion_model.{parts.holder}.{number}.{name}.{part}"
+                    away[key] = ("diff", (-getattr(layers[name], part).detach().clone(),))
+        planted = self.model.clone()
+        assert len(planted.add_patches(away)) == len(away)
+        expected = self.draw(planted)
+        linear, report, plot = self.run("TextToLinear", model=planted, **given)
+        drawn = self.draw(linear)
+        comfy.model_management.load_models_gpu([linear])
+        linear.partially_unload(torch.device("cpu"), 1 << 40)
+        unloaded = self.draw(linear)
+        turns = [torch.equal(self.draw(of), first) for _ in range(4) for of, first in ((planted, expected), (linear, drawn))]
+        plain, *_ = self.run("TextToLinear", model=self.model, **given)
+        return {
+            "error": float((drawn - expected).norm() / expected.norm()), "planted": float((expected - whole).norm() / whole.norm()),
+            "plain": float((self.draw(plain) - whole).norm() / whole.norm()), "turns": sum(turns), "unloaded": torch.equal(unloaded, drawn),
+            "bytes": linear.model_size() / planted.model_size(), "report": report,
+            "plot": list(plot.shape), "whole": torch.equal(self.draw(self.model), whole),
+        }  # fmt: skip
+
+
 def main() -> None:
     nodes = load_pack()
     folder_paths.set_output_directory(OUTPUT)
     found = {}
     for name in DEEPER:
-        case = Case(nodes, name)
+        case = Case(nodes, name, DEEPER[name])
         found[name] = {"skipped": case.skipped(), "learned": case.learned(), "runs": case.runs()}
+    found["text"] = {name: Case(nodes, name, sizes).text() for name, sizes in WITH_TEXT.items()}
     print(json.dumps(found))
 
 

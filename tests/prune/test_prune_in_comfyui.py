@@ -39,3 +39,16 @@ def test_runs_have_students_that_switch(answers, family):
     assert "velocity error of its student" in found["by_velocity"]
     layers = [layer for of_run in found["fitted"].values() for layer in of_run.values()]
     assert layers and all(layer["after"] <= layer["before"] for layer in layers)
+
+
+@pytest.mark.parametrize("family", ("Flux", "SD3", "HunyuanVideo", "Qwen-Image"))
+def test_text_of_a_run_is_linear(answers, family):
+    """Where it is linear the model stays what it is, to what the smallest ridge leaves: 8e-5 and less measured."""
+    found = answers["text"][family]
+    assert found["error"] < 2e-4 < 1e-2 < found["planted"] and found["plain"] > 1e-4, found
+    assert found["turns"] == 8 and found["unloaded"] and found["whole"] and found["bytes"] < 0.95
+    assert "text of blocks 1-2 is linear" in found["report"] and found["plot"][-1] == 3
+
+
+def test_a_family_without_text_of_its_own_is_refused(answers):
+    assert "Qwen-Image" in answers["text"]["Wan"]["refused"]

@@ -59,10 +59,10 @@ class QuantRuns(TinyRuns):
         wanted, found = (self.sample(prompts, noise, model=each, sigmas=sigmas, cfg=1.0) for each in (self.model, model))
         return float((found - wanted).norm() / wanted.norm())
 
-    def pruned(self, *paths: str):
+    def pruned(self, *paths: str, model=None):
         stack = stack_under(self.model, "test")
         plan = plan_without(tuple(stack.at(path) for path in paths), stack, model_hash(self.model), "test")
-        return self.node("RectiflowApplyPrunePlan", model=self.model, plan=plan.to_json(), enabled=True)[0]
+        return self.node("RectiflowApplyPrunePlan", model=model or self.model, plan=plan.to_json(), enabled=True)[0]
 
 
 @pytest.fixture(scope="session")
