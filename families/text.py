@@ -4,7 +4,8 @@
     txt ← txt + gate·proj(attention)
     txt ← txt + gate'·mlp(norm2(txt)·(1 + scale') + shift')
 
-with shift, scale and gate of both halves made by one modulation from the time embedding, six parts in this order. Facts of ComfyUI 0.3.64.
+with shift, scale and gate of both halves made by one modulation from the time embedding, six parts in this order; norm1 has no weights of
+its own, so that another block's modulation makes of it what that block reads. Facts of ComfyUI 0.3.64.
 Chroma's blocks are handed their modulation and have none of their own; Wan, LTX-Video and Lumina 2 have no text stream of its own weights.
 """
 

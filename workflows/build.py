@@ -32,6 +32,7 @@ OPTIONAL_SHAPE = 7  # the interface's number for the hollow circle of an optiona
 COLUMN_GAP, ROW_GAP, TITLE, SLOT, WIDGET, TEXT_BOX, PREVIEW = 60, 40, 30, 20, 24, 90, 280
 WIDTH, WIDE, NOTE_HEIGHT, COLUMN_HEIGHT = 270, 340, 150, 1200
 PICTURE_NODES = frozenset({"SaveImage", "PreviewImage"})
+DRAWING = frozenset({"KSampler", "KSamplerAdvanced", "SamplerCustom", "SamplerCustomAdvanced", "RectiflowFlowInvert", "RectiflowTrain"})
 
 
 @dataclass
@@ -65,7 +66,11 @@ class Placed:
         slots = max(len(self.sockets()), len(self.info["output"]))
         height = 10 + slots * SLOT + (len(self.widgets()) - boxes + controls) * WIDGET + boxes * TEXT_BOX
         pictures = self.class_id in PICTURE_NODES
-        return WIDE if boxes or pictures else WIDTH, height + PREVIEW * pictures
+        return WIDE if boxes or pictures else WIDTH, height + PREVIEW * pictures + 2 * TEXT_BOX * (self.class_id == "PreviewAny")
+
+    def room(self) -> int:
+        """Its height and what a run adds to it: the interface shows previews below the widgets."""
+        return self.size()[1] + PREVIEW * (self.class_id in DRAWING)
 
 
 def _is_widget(kind: Any, options: Mapping[str, Any]) -> bool:
@@ -160,7 +165,7 @@ def _lay_out(order: list[Placed]) -> None:
             top = max(top, level)
             tops[str(node.number)] = top
             node.position = (left, top)
-            top += _pitch(node.size()[1])
+            top += _pitch(node.room())
         left += max(WIDE if number == 0 else 0, *(node.size()[0] for node in members)) + COLUMN_GAP
 
 
@@ -172,7 +177,7 @@ def _columns(order: list[Placed], readers: Mapping[str, list[Placed]]) -> list[l
     columns = [[node for node in order if node.column == number] for number in range(1 + max(node.column for node in order))]
     for number in range(len(columns) - 1, 0, -1):
         for node in [node for node in columns[number] if not _sources(node)]:
-            if sum(_pitch(member.size()[1]) for member in columns[number]) > COLUMN_HEIGHT:
+            if sum(_pitch(member.room()) for member in columns[number]) > COLUMN_HEIGHT:
                 columns[number].remove(node)
                 columns[number - 1].append(node)
     return columns

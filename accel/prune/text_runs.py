@@ -156,7 +156,7 @@ class _Target:
     what: str
 
     def pair(self, tokens: TextTokens, held: bool | None) -> tuple[Tensor, Tensor]:
-        """Inputs and how far the outputs are from them, (n, d) each, every token over its input's length."""
+        """Inputs and how far the outputs are from them, (n, d) each."""
         given = tokens.tokens(self.source, "read" if self.what == "read" else "before", held)
         return given, tokens.tokens(self.path, self.what, held) - given
 
