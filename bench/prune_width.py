@@ -16,6 +16,7 @@ counter finds removed.
 from __future__ import annotations
 
 import argparse
+import random
 import statistics
 import tempfile
 import time
@@ -173,21 +174,44 @@ def maps(bench: Bench, steps: int) -> None:
     write_table("prune_width_maps", header, rows)
 
 
+def every_thing(tiny, seed: int):
+    """A calibration that shows each thing of the vocabulary twice, in styles and colours drawn by `seed`, none of HELD."""
+    from rectiflow.tiny.text import COLOURS, STYLES, Vocabulary
+    from rectiflow.train.pool import Calibration
+
+    draw = random.Random(seed)
+    told = [f"{draw.choice(STYLES)} {thing} on {draw.choice(list(COLOURS))}" for thing in 2 * list(Vocabulary.load().things)]
+    prompts = [entry for text in told if text not in HELD for entry in tiny.conditioning(text)]
+    return Calibration(prompts, tiny.conditioning(""), (16, 16, 16), count=len(prompts), steps=STEPS, cfg=1.0, seed=seed)
+
+
 def text(bench: Bench, steps: int, seeds: int) -> None:
-    """The text of every run of double blocks as linear maps, and what training takes back."""
+    """The text of every run of double blocks as linear maps, and what training takes back; of the best one also with many prompts shown."""
     from rectiflow.train.text_runs import TextRequest, linearise_text
 
-    tiny, rows, whole, taught = bench.tiny, [], bench.tiny.model.model_size(), Taught(bench, steps)
+    tiny, rows, whole, taught, guider = bench.tiny, [], bench.tiny.model.model_size(), Taught(bench, steps), bench.services.guider
+
+    def add(name: str, prompts: int, seed: int, judged, model, count: int) -> None:
+        errors = [f"{relative(bench.final(model, cfg), wanted):.4f}" for cfg, wanted in bench.whole.items()]
+        losses = [f"{of.losses[name]:.4f}" for of in judged]
+        rows.append((name, prompts, seed, *losses, f"{model.model_size() / whole:.3f}", count, *errors))
+
     for seed in range(seeds):
-        shown, guider = bench.shown(seed), bench.services.guider
-        said = {judge: linearise_text(tiny.model, TextRequest(judge=judge), shown, guider, "bench") for judge in ("maps", "velocity")}
-        for name in said["maps"].losses:
+        shown = bench.shown(seed)
+        judged = [linearise_text(tiny.model, TextRequest(judge=judge), shown, guider, "bench") for judge in ("maps", "velocity")]
+        losses = judged[1].losses
+        for name in losses:
             model = linearise_text(tiny.model, TextRequest(name), shown, guider, "bench").model
-            for count, each in ((0, model), (steps, taught.model(model, f"text {name} {seed}"))):
-                errors = [f"{relative(bench.final(each, cfg), wanted):.4f}" for cfg, wanted in bench.whole.items()]
-                judged = [f"{said[judge].losses[name]:.4f}" for judge in ("maps", "velocity")]
-                rows.append((name, seed, *judged, f"{model.model_size() / whole:.3f}", count, *errors))
-    header = ("run", "seed", "unsaid by its maps", "velocity error", "share of bytes", "steps of training", "error", "error cfg 3")
+            add(name, len(LEARN), seed, judged, model, 0)
+            add(name, len(LEARN), seed, judged, taught.model(model, f"text {name} {seed}"), steps)
+        best, shown = min(losses, key=losses.get), every_thing(tiny, seed)
+        count = len(shown.positive)
+        judged = [
+            linearise_text(tiny.model, TextRequest(best, judge=judge, at=count, tokens=16 * count), shown, guider, "bench")
+            for judge in ("maps", "velocity")
+        ]  # fmt: skip
+        add(best, count, seed, judged, judged[1].model, 0)
+    header = ("run", "prompts", "seed", "unsaid by maps", "velocity error", "share of bytes", "steps of training", "error", "error cfg 3")
     write_table("prune_width_text", header, rows)
 
 
