@@ -10,6 +10,11 @@ _POSITIVE = socket("positive", "CONDITIONING", "Prompts to sample with; Conditio
 _LATENT = socket("latent", "LATENT", "An empty latent: its size is what counts.")
 _NEGATIVE = socket("negative", "CONDITIONING", "For cfg above 1.", optional=True)
 _SAMPLES = integer("samples", 16, 1, 4096, "Noises, each with the next prompt.", optional=True, advanced=True)
+_MEASURED_ON = (
+    integer("samples", 16, 1, 4096, "Pictures that the model draws to be measured on.", optional=True, advanced=True),
+    integer("sample_steps", 12, 1, 200, "Euler steps of each of these.", optional=True, advanced=True),
+    number("cfg", 1.0, 0.0, 100.0, "Guidance of these samples.", step=0.1, optional=True, advanced=True),
+)
 _SCORES = Output("WIDTH_SCORES", "scores", "A number for every head and neuron, for Apply Width Mask.")
 _REPORT = Output("STRING", "report", "What was measured.")
 _PLAN = text("plan", "", "A plan as JSON, linked or pasted.", multiline=True)
@@ -257,9 +262,7 @@ class RectiflowWidthToLinear(Node):
         choice("streams", ("both", "image", "text"), "Of which tokens. Text has few different tokens: show many prompts."),
         seed_input("Of the samples."),
         _NEGATIVE,
-        integer("samples", 16, 1, 4096, "Pictures that the model draws to be measured on.", optional=True, advanced=True),
-        integer("sample_steps", 12, 1, 200, "Euler steps of each of these.", optional=True, advanced=True),
-        number("cfg", 1.0, 0.0, 100.0, "Guidance of these samples.", step=0.1, optional=True, advanced=True),
+        *_MEASURED_ON,
         integer("points", 32, 1, 1024, "Places of the flow where the model is asked.", optional=True, advanced=True),
         integer("tokens", 8192, 16, 1048576, "Tokens of each MLP that its map is fitted to; more than its channels, and on the CPU.",
             optional=True, advanced=True,
@@ -298,9 +301,7 @@ class RectiflowTextToLinear(Node):
             "the text, as published; quicker."),
         seed_input("Of the samples."),
         socket("negative", "CONDITIONING", "What you guide away from: its text is measured too. Link it if cfg is above 1.", optional=True),
-        integer("samples", 16, 1, 4096, "Pictures that the model draws to be measured on.", optional=True, advanced=True),
-        integer("sample_steps", 12, 1, 200, "Euler steps of each of these.", optional=True, advanced=True),
-        number("cfg", 1.0, 0.0, 100.0, "Guidance of these samples.", step=0.1, optional=True, advanced=True),
+        *_MEASURED_ON,
         integer("points", 32, 4, 1024, "Places of the flow where the model is asked; a quarter judges.", optional=True, advanced=True),
         integer("tokens", 8192, 16, 1048576, "Tokens of each block that maps are fitted to; more than its channels, and on the CPU.",
             optional=True, advanced=True,
