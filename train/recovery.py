@@ -26,14 +26,18 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ..accel.modules import seen_modules
 from ..accel.prune.apply import SkipBlock, plan_of, stack_under, without_plan
 from ..accel.prune.compact import full_width
 from ..accel.prune.gates import gate_blocks, own
 from ..accel.prune.identity import NETWORK, model_hash
+from ..accel.prune.linear_mlps import LinearMlp
+from ..accel.prune.low_rank import LowRankLinear
 from ..accel.prune.plan import PrunePlan
 from ..accel.prune.scores import relative_error
 from ..accel.prune.students import SCHEDULED, STUDENTS_FILE, StudentBlock, copy_of, student_file, weights_of, with_students
 from ..accel.prune.width import MaskValue, masked_by
+from ..accel.quant.linear import QuantLinear
 from ..errors import input_error
 from ..families.stack import Stack, StackBlock, State
 from .checkpoints import RunFolder, write_whole
@@ -233,12 +237,16 @@ class Recovery:
         if self.student.get_attachment(SCHEDULED) is not None:
             allowed = "a model whose runs are replaced at every sigma"
             raise input_error(WHERE, "student", "runs with a range", allowed, "Set start_percent 0 and end_percent 1 in Apply Runs.")
+        shared = self.student.model is self.teacher.model
+        if shared and (others := self._exchanged()):  # on one network the teacher's answers would be made with them
+            got = f"{len(others)} layers that the teacher has otherwise: {others[0]}, …"
+            remedy = "Link Quantize, Width to Linear, Text to Linear and Low-Rank Modulation behind this node."
+            raise input_error(WHERE, "student", got, "the teacher with a plan on it", remedy)
         stack = stack_under(self.student, WHERE)
         plan.check(stack_under(self.teacher, WHERE), model_hash(self.teacher), WHERE)
         gone = frozenset(block.path for block in plan.removed(stack))
         with torch.inference_mode(False), torch.enable_grad():
             gate = PrunedGate(gone, frozenset(matched_places(plan, stack)), self._own_students())
-            shared = self.student.model is self.teacher.model
             patcher = full_width(self.student, plan, WHERE) if plan.width else self.student.clone()
             patcher = without_plan(patcher, plan, WHERE) if shared else patcher
             for path in () if shared else gate.students:
@@ -256,6 +264,14 @@ class Recovery:
             else:
                 self._with_teacher(patcher, additions, about, gate, stack)
         return self._results(time.perf_counter() - started)
+
+    def _exchanged(self) -> list[str]:
+        """Names of the student's maps, factored and quantised layers that are not the teacher's."""
+        theirs = dict(seen_modules(self.teacher))
+        return [
+            name for name, module in seen_modules(self.student)
+            if isinstance(module, (LinearMlp, LowRankLinear, QuantLinear)) and theirs.get(name) is not module
+        ]  # fmt: skip
 
     def _own_students(self) -> dict[str, StudentBlock]:
         """Copies of the student's trained blocks: the MODEL that was given keeps its own."""

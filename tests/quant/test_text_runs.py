@@ -8,6 +8,9 @@ from rectiflow.accel.prune.linear_mlps import linear_parts
 from rectiflow.accel.prune.text_runs import RunModulation, text_runs_of
 from rectiflow.errors import NodeInputError
 from rectiflow.host.embedded import use_host
+from rectiflow.nodes.pruning import host_services
+from rectiflow.train.pool import Calibration
+from rectiflow.train.recovery import RecoverSettings, recover
 from torch import nn
 
 WIDTH = 256
@@ -205,3 +208,18 @@ def test_files_whose_runs_do_not_fit_are_refused(shown, change):
     save_file(tensors, path)
     with pytest.raises(NodeInputError, match="path"):
         runs.load(str(path))
+
+
+@pytest.mark.parametrize("change", ["text", "maps", "codes", "factors"])
+def test_recovery_towards_a_network_with_the_same_changes_is_refused(shown, change):
+    """On one network the teacher's answers would be made with them."""
+    runs = shown.runs
+    pruned = runs.pruned("single_blocks.1")
+    changed = {
+        "text": lambda: shown.linear(pruned)[0], "codes": lambda: runs.quantized(pruned),
+        "maps": lambda: runs.node("RectiflowWidthToLinear", model=pruned, count=1, streams="image", **shown.given)[0],
+        "factors": lambda: runs.node("RectiflowLowRankModulation", model=pruned, rank=64, shared=False)[0],
+    }[change]()  # fmt: skip
+    with use_host(runs.host), pytest.raises(NodeInputError, match="that the teacher has otherwise"):
+        pool = Calibration(runs.conditioning("noto cat on white"), None, (16, 8, 8), count=2, steps=2)
+        recover(changed, runs.model, RecoverSettings(steps=1), pool, None, host_services())
