@@ -24,11 +24,14 @@ from .apply import plan_of, stack_under
 from .identity import original_part
 from .probes import few_tokens, ridge_map
 
-__all__ = ["STREAMS", "LinearMlp", "MlpTokens", "NoText", "fitted_map", "linear_parts", "mlp_paths", "put_layer",
-           "with_learnt", "with_maps"]  # fmt: skip
+__all__ = [
+    "BEFORE_CODES", "RIDGES", "STREAMS", "LinearMlp", "MlpTokens", "NoText", "fitted_map", "has_whole_weights", "linear_like",
+    "linear_parts", "mlp_paths", "put_layer", "with_learnt", "with_maps",
+]  # fmt: skip
 
 STREAMS = ("both", "image", "text")
 HELD_OUT = 4  # every fourth token judges the map that the others make
+BEFORE_CODES = "Link this node before Quantize, or load the model in 16 bits."
 RIDGES = (1e-4, 1e-3, 1e-2, 1e-1, 1.0)  # of the mean square of an input channel; text has few different tokens and wants more
 
 
@@ -48,6 +51,11 @@ class NoText(nn.Module):
 
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         return torch.zeros_like(x)
+
+
+def has_whole_weights(layer: nn.Module) -> bool:
+    """Whether it is a linear layer of 16 bits or more: a sum or a product put into fewer would be rounded without a scale."""
+    return isinstance(layer, nn.Linear) and layer.weight.element_size() > 1
 
 
 def linear_parts(model: Any) -> dict[str, LinearMlp]:
@@ -73,9 +81,9 @@ def mlp_paths(model: Any, where: str) -> dict[str, str]:
             path = path.rpartition(".")[0]
         if path == group.path or path not in seen or isinstance(seen[path], (LinearMlp, NoText)):
             continue
-        layers = [module for name, module in seen.items() if name.startswith(f"{path}.") and isinstance(module, nn.Linear)]
+        layers = [module for name, module in seen.items() if name.startswith(f"{path}.") and has_whole_weights(module)]
         if len(layers) < 2:
-            raise input_error(where, "model", f"{path} in few bits", "MLPs in 16 or 32 bits", "Link this node before Quantize.")
+            raise input_error(where, "model", f"{path} in few bits", "MLPs in 16 or 32 bits", BEFORE_CODES)
         found[path] = "text" if group.kind == "txt_ffn" else "image"
     if not found:
         allowed = "blocks whose MLP shares no layer with attention: Flux's double blocks, SD3, Qwen-Image, Wan, LTX-Video, Lumina 2"

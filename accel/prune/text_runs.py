@@ -30,7 +30,7 @@ from ...families.stack import Stack, StackBlock, State
 from ...families.text import TEXT_FAMILIES, TextParts
 from ..modules import own_weight, seen_modules
 from .apply import TEXT_RUNS, exchange, plan_of, stack_under
-from .linear_mlps import RIDGES, LinearMlp, NoText, linear_like
+from .linear_mlps import BEFORE_CODES, RIDGES, LinearMlp, NoText, has_whole_weights, linear_like
 from .plan import Run
 from .probes import ProbeStats, few_tokens, ridge_map
 
@@ -92,9 +92,9 @@ def text_blocks(model: Any, where: str) -> tuple[TextParts, tuple[tuple[StackBlo
             continue
         for name in parts.qkv:
             layer = seen[f"{block.path}.{name}"]
-            if not isinstance(layer, nn.Linear) or layer.bias is None:
-                got = f"{block.path}.{name} in few bits" if not isinstance(layer, nn.Linear) else f"{block.path}.{name} without a bias"
-                raise input_error(where, "model", got, "layers with biases in 16 or 32 bits", "Link this node before Quantize.")
+            if not has_whole_weights(layer) or layer.bias is None:
+                got = f"{block.path}.{name} in few bits" if not has_whole_weights(layer) else f"{block.path}.{name} without a bias"
+                raise input_error(where, "model", got, "layers with biases in 16 or 32 bits", BEFORE_CODES)
         groups[-1].append(block)
     return parts, tuple(tuple(group) for group in groups if len(group) > 1)
 

@@ -179,6 +179,16 @@ def test_what_cannot_be_is_refused(shown):
         shown.linear(runs="", count=3)
     with pytest.raises(NodeInputError, match="before Quantize"):
         shown.linear(runs.quantized(include="txt_attn.qkv"))
+    in_eight_bits = runs.model.clone()
+    for part, width in (("txt_attn.qkv", 3 * WIDTH), ("txt_mlp.0", 4 * WIDTH)):
+        with torch.inference_mode(False):
+            layer = nn.Linear(WIDTH, width)
+            layer.weight = nn.Parameter(layer.weight.detach().to(torch.float8_e4m3fn), requires_grad=False)
+        in_eight_bits.add_object_patch(f"diffusion_model.double_blocks.1.{part}", layer)
+    with pytest.raises(NodeInputError, match="before Quantize"):
+        shown.linear(in_eight_bits)
+    with pytest.raises(NodeInputError, match="before Quantize"):
+        runs.node("RectiflowWidthToLinear", model=in_eight_bits, count=1, streams="text", **shown.given)
     model, *_ = shown.linear()
     with pytest.raises(NodeInputError, match="Link Text to Linear behind this node"):
         with use_host(runs.host):
