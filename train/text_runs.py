@@ -67,6 +67,8 @@ def linearise_text(
     started = time.perf_counter()
     parts, groups = text_blocks(model, where)
     asked, longest = _asked(request, groups, where), request.longest
+    if request.judge not in JUDGES:
+        raise input_error(where, "judge", request.judge, ", ".join(JUDGES), "Choose one of these.")
     if request.at < HELD_OUT:
         raise input_error(where, "points", request.at, f"{HELD_OUT} and more, of which a part judges", "Raise it.")
     if asked:

@@ -19,10 +19,10 @@ from torch import Tensor, nn
 
 from ...errors import input_error
 from ...families.width import width_groups
-from ..modules import NETWORK, bytes_of, seen_modules
-from .apply import plan_of, stack_under
+from ..modules import NETWORK, seen_modules
+from .apply import exchange, plan_of, stack_under
 from .identity import original_part
-from .probes import few_tokens, ridge_map
+from .probes import few_tokens, ridge_map, ridge_maps
 
 __all__ = [
     "BEFORE_CODES", "RIDGES", "STREAMS", "LinearMlp", "MlpTokens", "NoText", "fitted_map", "has_whole_weights", "linear_like",
@@ -127,12 +127,11 @@ def fitted_map(inputs: Tensor, outputs: Tensor) -> tuple[Tensor, Tensor, float]:
     judged = torch.arange(len(inputs)) % HELD_OUT == 0
     wanted = outputs[judged].double()
 
-    def residual(ridge: float) -> float:
-        trial = ridge_map(inputs[~judged], outputs[~judged], ridge)
+    def residual(trial: Tensor) -> float:
         left = wanted - inputs[judged].double() @ trial[:-1] - trial[-1]
         return float(left.square().sum() / wanted.square().sum().clamp_min(1e-30))
 
-    residuals = {ridge: residual(ridge) for ridge in RIDGES}
+    residuals = dict(zip(RIDGES, map(residual, ridge_maps(inputs[~judged], outputs[~judged], RIDGES))))
     best = min(RIDGES, key=residuals.__getitem__)
     whole = ridge_map(inputs, outputs, best).float()
     return whole[:-1].T.contiguous(), whole[-1].clone(), residuals[best]
@@ -140,15 +139,13 @@ def fitted_map(inputs: Tensor, outputs: Tensor) -> tuple[Tensor, Tensor, float]:
 
 def with_maps(model: Any, maps: Mapping[str, tuple[Tensor, Tensor]]) -> Any:
     """A clone of MODEL with maps (W, b) in the place of the MLPs at these paths."""
-    seen, patched, saved = dict(seen_modules(model)), model.clone(), 0
+    seen, patched, size = dict(seen_modules(model)), model.clone(), model.model_size()
     for path, (weight, bias) in maps.items():
-        mlp = seen[path]
-        own = [layer for layer in mlp.modules() if isinstance(layer, nn.Linear)][-1]
+        own = [layer for layer in seen[path].modules() if isinstance(layer, nn.Linear)][-1]
         with torch.inference_mode(False):
             layer = linear_like(own, weight, bias)
-        saved += bytes_of(mlp) - bytes_of(layer)
-        patched.add_object_patch(NETWORK + path, LinearMlp(layer))
-    patched.size = model.model_size() - saved
+        size += exchange(patched, path, LinearMlp(layer))
+    patched.size = size
     patched.patches_uuid = uuid.uuid4()  # an object patch alone does not tell the host that the network changes
     return patched
 

@@ -22,7 +22,7 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 
 import torch
@@ -33,7 +33,7 @@ from .plan import Run
 
 __all__ = [
     "MERGES", "ProbeStats", "Recorder", "best_runs", "few_tokens", "fit_probe", "linear_cka", "probe_stats", "probe_tables", "ridge_map",
-    "trend_runs",
+    "ridge_maps", "trend_runs",
 ]  # fmt: skip
 
 MERGES = ("min", "image", "mean")
@@ -47,14 +47,25 @@ def linear_cka(a: Tensor, b: Tensor) -> float:
     return float((b.T @ a).square().sum() / scale) if scale > 0 else 1.0
 
 
-def ridge_map(inputs: Tensor, outputs: Tensor, ridge: float, weigh: Tensor | None = None) -> Tensor:
-    """The map of inputs (n, d) to outputs (n, e) with a bias row, (d + 1, e) float64; the bias is not shrunk. weigh (n, 1): of rows."""
+def ridge_maps(inputs: Tensor, outputs: Tensor, ridges: Sequence[float], weigh: Tensor | None = None) -> Iterator[Tensor]:
+    """For each ridge the map of inputs (n, d) to outputs (n, e) with a bias row, (d + 1, e) float64; the bias is not shrunk.
+
+    weigh (n, 1): of rows.
+    """
     h, wanted = torch.cat((inputs.double(), inputs.new_ones(len(inputs), 1, dtype=torch.float64)), dim=1), outputs.double()
     if weigh is not None:
         h, wanted = h * weigh, wanted * weigh
-    gram = h.T @ h
-    gram.diagonal()[:-1] += ridge * float(gram.diagonal()[:-1].mean())
-    return torch.linalg.lstsq(gram, h.T @ wanted, driver="gelsd").solution
+    gram, right = h.T @ h, h.T @ wanted
+    channel = float(gram.diagonal()[:-1].mean())
+    for ridge in ridges:
+        system = gram.clone()
+        system.diagonal()[:-1] += ridge * channel
+        yield torch.linalg.lstsq(system, right, driver="gelsd").solution
+
+
+def ridge_map(inputs: Tensor, outputs: Tensor, ridge: float, weigh: Tensor | None = None) -> Tensor:
+    """ridge_maps of one."""
+    return next(ridge_maps(inputs, outputs, (ridge,), weigh))
 
 
 def fit_probe(inputs: Tensor, outputs: Tensor, ridge: float) -> Tensor:

@@ -18,7 +18,7 @@ from __future__ import annotations
 
 import dataclasses
 import uuid
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -32,7 +32,7 @@ from ..modules import own_weight, seen_modules
 from .apply import TEXT_RUNS, exchange, plan_of, stack_under
 from .linear_mlps import BEFORE_CODES, RIDGES, LinearMlp, NoText, has_whole_weights, linear_like
 from .plan import Run
-from .probes import ProbeStats, few_tokens, ridge_map
+from .probes import ProbeStats, few_tokens, ridge_maps
 
 __all__ = ["RunModulation", "TextTokens", "place_text_run", "text_blocks", "text_losses", "text_runs_of", "with_text_runs"]
 
@@ -161,17 +161,16 @@ class _Target:
         return given, tokens.tokens(self.path, self.what, held) - given
 
 
-def _solved(tokens: TextTokens, targets: list[_Target], held: bool | None, ridge: float) -> list[Tensor]:
-    """Maps (d + 1, d) of targets with one source and one kind, by one system."""
+def _solved(tokens: TextTokens, targets: list[_Target], held: bool | None, ridges: Sequence[float]) -> list[tuple[Tensor, ...]]:
+    """For each ridge the maps (d + 1, d) of targets with one source and one kind, by one system."""
     pairs = [target.pair(tokens, held) for target in targets]
     weigh = 1.0 / pairs[0][0].norm(dim=-1, keepdim=True).clamp(min=1e-12)
-    found = ridge_map(pairs[0][0], torch.cat([change for _, change in pairs], dim=1), ridge, weigh)
-    return list(found.chunk(len(pairs), dim=1))
+    changes = torch.cat([change for _, change in pairs], dim=1)
+    return [found.chunk(len(pairs), dim=1) for found in ridge_maps(pairs[0][0], changes, ridges, weigh)]
 
 
-def _left(tokens: TextTokens, target: _Target, found: Tensor) -> float:
-    """Mean over judged tokens of ‖ŷ − y‖²/‖y‖²."""
-    given, change = target.pair(tokens, True)
+def _left(given: Tensor, change: Tensor, found: Tensor) -> float:
+    """Mean over tokens of ‖ŷ − y‖²/‖y‖²."""
     missing = change.double() - given.double() @ found[:-1] - found[-1]
     return float((missing.square().sum(-1) / (given + change).double().square().sum(-1).clamp(min=1e-30)).mean())
 
@@ -190,9 +189,10 @@ def text_losses(
             others = [block for block in group[place + 1 : place + longest] if (block.path, "after", True) in tokens.seen]
             for what in ("read", "after"):
                 targets = [_Target(first.path, block.path, what) for block in others]
-                tried = {ridge: _solved(tokens, targets, False, ridge) for ridge in RIDGES} if targets else {}
-                for number, target in enumerate(targets):
-                    residuals = {ridge: _left(tokens, target, maps[number]) for ridge, maps in tried.items()}
+                tried = _solved(tokens, targets, False, RIDGES) if targets else []
+                for target, maps in zip(targets, zip(*tried)):
+                    judged = target.pair(tokens, True)
+                    residuals = {ridge: _left(*judged, found_map) for ridge, found_map in zip(RIDGES, maps)}
                     ridge = min(residuals, key=residuals.__getitem__)
                     found[dataclasses.astuple(target)] = residuals[ridge], ridge
             unsaid = 0.0
@@ -207,7 +207,7 @@ def with_text_runs(model: Any, runs: Iterable[Run], tokens: TextTokens, ridges: 
     seen, patched, size, parts = dict(seen_modules(model)), model.clone(), model.model_size(), tokens.parts
 
     def fitted(source: str, path: str, what: str) -> Tensor:
-        return _solved(tokens, [_Target(source, path, what)], None, ridges[source, path, what][1])[0]
+        return _solved(tokens, [_Target(source, path, what)], None, ridges[source, path, what][1:])[0][0]
 
     known = dict(text_runs_of(model))
     for run in runs:

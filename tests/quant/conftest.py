@@ -20,6 +20,10 @@ QUANTIZE = {
 }  # fmt: skip
 
 
+def drawn(*shape: int, seed: int = 0) -> torch.Tensor:
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
+
+
 class QuantRuns(TinyRuns):
     """Nodes by name, and what they are mostly given: six layers of the first blocks are quantised unless told otherwise."""
 
@@ -51,6 +55,14 @@ class QuantRuns(TinyRuns):
 
     def latent(self, model, steps: int = 2, cfg: float = 1.0, seed: int = 1) -> torch.Tensor:
         return self.sample("noto cat on white", self.noise([seed]), model=model, steps=steps, cfg=cfg)
+
+    def twenty_turns(self, model, kind: type) -> None:
+        """The whole model and `model` in turn are bit-equal each time, and no module of this kind stays on the network."""
+        expected = self.latent(self.model, steps=1), self.latent(model, steps=1)
+        for _ in range(10):
+            assert torch.equal(self.latent(self.model, steps=1), expected[0]) and torch.equal(self.latent(model, steps=1), expected[1])
+        self.model.detach()
+        assert not any(isinstance(module, kind) for module in self.model.model.modules())
 
     def velocity_error(self, model, prompt: str = "noto rocket on blue") -> float:
         """‖v − v_t‖/‖v_t‖ over one Euler step from noises that no test trains on."""

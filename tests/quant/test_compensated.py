@@ -11,14 +11,10 @@ from rectiflow.accel.quant.error import sqnr
 from rectiflow.accel.quant.packing import unpack
 from rectiflow.accel.quant.stored import store
 from rectiflow.errors import NodeInputError
-from rectiflow.tests.quant.conftest import QUANTIZE
+from rectiflow.tests.quant.conftest import QUANTIZE, drawn
 from torch import nn
 
 KINDS = ((8, 0), (4, 0), (4, 32), (3, 16), (2, 32))  # bits, group
-
-
-def drawn(*shape: int, seed: int = 0) -> torch.Tensor:
-    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
 
 
 def together(rows: int, columns: int, seed: int) -> torch.Tensor:

@@ -14,11 +14,8 @@ from rectiflow.accel.quant.recipe import QuantScheme, _smoothing, quantised_laye
 from rectiflow.accel.quant.rotation import convrot, hadamard, no_rotation
 from rectiflow.accel.quant.stored import expected_tensors, store
 from rectiflow.errors import NodeInputError
+from rectiflow.tests.quant.conftest import drawn
 from torch import nn
-
-
-def drawn(*shape: int, seed: int = 0) -> torch.Tensor:
-    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
 
 
 def linear(columns: int = 256, rows: int = 96, seed: int = 0) -> nn.Linear:

@@ -8,11 +8,8 @@ from rectiflow import NODE_CLASS_MAPPINGS
 from rectiflow.accel.prune.linear_mlps import LinearMlp, fitted_map, linear_parts, mlp_paths, with_maps
 from rectiflow.errors import NodeInputError
 from rectiflow.host.embedded import use_host
+from rectiflow.tests.quant.conftest import drawn
 from torch import nn
-
-
-def drawn(*shape: int, seed: int = 0) -> torch.Tensor:
-    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
 
 
 def test_a_linear_mlp_is_found_and_noise_is_not():
@@ -125,11 +122,7 @@ def test_with_blocks_left_out(shown):
 def test_off_is_bit_identical_after_twenty_turns(shown):
     runs = shown.runs
     model, *_ = shown.maps()
-    expected = runs.latent(runs.model, steps=1), runs.latent(model, steps=1)
-    for _ in range(10):
-        assert torch.equal(runs.latent(runs.model, steps=1), expected[0]) and torch.equal(runs.latent(model, steps=1), expected[1])
-    runs.model.detach()
-    assert not any(isinstance(module, LinearMlp) for module in runs.model.model.modules())
+    runs.twenty_turns(model, LinearMlp)
 
 
 def test_what_cannot_be_is_refused(shown):

@@ -9,15 +9,12 @@ from rectiflow.accel.prune.text_runs import RunModulation, text_runs_of
 from rectiflow.errors import NodeInputError
 from rectiflow.host.embedded import use_host
 from rectiflow.nodes.pruning import host_services
+from rectiflow.tests.quant.conftest import drawn
 from rectiflow.train.pool import Calibration
 from rectiflow.train.recovery import RecoverSettings, recover
 from torch import nn
 
 WIDTH = 256
-
-
-def drawn(*shape: int, seed: int = 0) -> torch.Tensor:
-    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
 
 
 class Shown:
@@ -93,8 +90,7 @@ def test_batch_equals_singles(shown):
         assert torch.allclose(both[number : number + 1], alone, atol=1e-4)
 
 
-def test_runs_one_after_the_other_are_those_together(shown):
-    """A second node leaves the first one's run alone; blocks of a run are no longer offered."""
+def test_blocks_of_a_run_are_not_offered_again(shown):
     first, *_ = shown.linear(runs="0-1")
     with pytest.raises(NodeInputError, match="within none"):
         shown.linear(first, runs="1-2")
@@ -160,11 +156,7 @@ def test_a_lora_of_the_first_block_is_in_the_whole_run(shown):
 def test_off_is_bit_identical_after_twenty_turns(shown):
     runs = shown.runs
     model, *_ = shown.linear()
-    expected = runs.latent(runs.model, steps=1), runs.latent(model, steps=1)
-    for _ in range(10):
-        assert torch.equal(runs.latent(runs.model, steps=1), expected[0]) and torch.equal(runs.latent(model, steps=1), expected[1])
-    runs.model.detach()
-    assert not any(isinstance(module, RunModulation) for module in runs.model.model.modules())
+    runs.twenty_turns(model, RunModulation)
 
 
 @pytest.mark.parametrize("asked", ["1", "2-1", "0-3", "1-2, 0-1", "a-b", "-1-2"])
